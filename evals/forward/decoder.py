@@ -1,0 +1,98 @@
+"""Hidden states by streaming layers, logits by streaming the output matrix.
+
+Every window's hidden state [T, hidden] stays in memory while layer after layer passes over all of them, so the weights
+are read once per call of `hidden`, however many windows there are. Within a layer windows go through in steps, whose
+size bounds what the layer itself allocates and keeps it in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from weightsmith.evals.forward import weights
+from weightsmith.evals.forward.weights import Place
+from weightsmith.types import ModelConfig, Reader
+
+STEP_TOKENS = 2048  # on a CPU, larger steps are no faster and only leave the cache
+
+OnLayer = Callable[[int, Tensor], object]
+
+
+@dataclass(slots=True)
+class Decoder:
+    """A model that can be run but is never whole in memory; made by `forward.load`."""
+
+    reader: Reader
+    config: ModelConfig
+    kind: ModuleType
+    place: Place
+    memory: int
+    _head: Tensor | None = field(default=None, init=False)
+
+    def windows_at_once(self, length: int) -> int:
+        """Windows of `length` tokens whose hidden states fit in half the memory budget; at least one."""
+        return max(1, self.memory // 2 // (length * self.config.hidden_size * self.place.dtype.itemsize))
+
+    def layers(self) -> Iterator[Mapping[str, Tensor]]:
+        """Each layer's weights in turn, the next one loading meanwhile; drop one before asking for the next."""
+        prefixes = [self.kind.LAYER.format(number) for number in range(self.config.n_layers)]
+        return weights.stream(self.reader, prefixes, self.place)
+
+    def _step(self, length: int) -> int:
+        fits: int = self.memory // 4 // self.kind.working_bytes(self.config, length)
+        cap = STEP_TOKENS // length if self.place.device.type == "cpu" else fits
+        return max(1, min(fits, cap))
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, on_layer: OnLayer | None = None) -> Tensor:
+        """Hidden states after the final norm, [B, T, hidden] on the device, for int64 tokens [B, T].
+
+        Every window starts at position 0 and sees only itself. `on_layer(i, hidden)` is called after layer i with the
+        live states [B, T, hidden], which it must not change.
+        """
+        length = tokens.shape[1]
+        x = weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
+        tables = self.kind.tables(self.config, length, self.place)
+        step = self._step(length)
+        layers = self.layers()
+        for number in range(self.config.n_layers):
+            layer = next(layers)  # not by enumerate or zip, which would keep a reference to it
+            for at in range(0, len(x), step):
+                x[at : at + step] = self.kind.layer(layer, x[at : at + step], tables, self.config)
+            del layer  # the next one is already loading
+            if on_layer is not None:
+                on_layer(number, x)
+        final = weights.tensor(self.reader, self.kind.NORM, self.place)
+        for at in range(0, len(x), step):
+            x[at : at + step] = self.kind.norm(x[at : at + step], final, self.config.rms_norm_eps)
+        return x
+
+    @property
+    def _head_fits(self) -> bool:
+        return self.config.vocab_size * self.config.hidden_size * self.place.dtype.itemsize <= self.memory // 2
+
+    def rows_at_once(self) -> int:
+        """Hidden states worth handing to `logits` at once: one, or what its result may take, if each call reads all."""
+        return 1 if self._head_fits else max(1, self.memory // 4 // (4 * self.config.vocab_size))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [n, V] of final hidden states [n, hidden].
+
+        The output matrix is kept for further calls if it fits in half the memory budget, else read anew, slab by slab.
+        """
+        name: str = self.kind.EMBEDDING if self.config.tie_word_embeddings else self.kind.HEAD
+        if self._head is None and self._head_fits:
+            self._head = weights.tensor(self.reader, name, self.place)
+        if self._head is not None:
+            return functional.linear(hidden, self._head).float()
+        found = torch.empty(len(hidden), self.config.vocab_size, device=self.place.device)
+        for start, rows in weights.slabs(self.reader, name):
+            found[:, start : start + len(rows)] = functional.linear(hidden, rows.to(*self.place))
+        return found

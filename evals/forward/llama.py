@@ -1,0 +1,101 @@
+"""The block of dense Llama and Mistral, as a pure function of weights, input and position tables.
+
+    x = x + W_o attention(rms(x))        queries and keys rotated, each key head shared by n_heads / n_kv_heads queries
+    x = x + W_down (silu(W_gate n) * W_up n),    n = rms(x)
+
+rms(x) = x / sqrt(mean(x^2) + eps) * weight, the mean in float32. Scores are scaled by 1/sqrt(head_dim). A sliding
+window of W lets position i see j with i - W < j <= i.
+
+Nothing is kept between calls, so that blocks can be streamed, two models run in lock step, and calibration see every
+linear's input (`tap`). `weights` may be any mapping: one that reads on access works too.
+
+Ref: transformers models/llama and models/mistral; RMSNorm arXiv 1910.07467, SwiGLU arXiv 2002.05202, GQA
+arXiv 2305.13245.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from weightsmith.evals.forward import rope
+from weightsmith.evals.forward.weights import Place
+from weightsmith.types import ModelConfig
+
+FAMILIES = ("llama", "mistral")
+EMBEDDING = "model.embed_tokens.weight"
+LAYER = "model.layers.{}."
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+Tap = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [B, T, in])
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What depends on positions alone: rotary cosines and sines [T, head_dim]; seen: bool [T, T], None if causal."""
+
+    cos: Tensor
+    sin: Tensor
+    seen: Tensor | None
+
+
+def tables(config: ModelConfig, length: int, place: Place) -> Tables:
+    """Position tables for windows of `length` tokens."""
+    cos, sin = rope.tables(config, length, place)
+    window = config.sliding_window
+    if window is None or window >= length:
+        return Tables(cos, sin, None)
+    ones = torch.ones(length, length, dtype=torch.bool, device=place.device)
+    return Tables(cos, sin, ones.tril().triu(1 - window))
+
+
+def working_bytes(config: ModelConfig, length: int) -> int:
+    """Upper estimate of what `layer` allocates for one window of `length` tokens in float32."""
+    attention = 4 * config.n_heads * config.head_dim + 4 * config.n_kv_heads * config.head_dim
+    return 4 * length * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis, computed in float32; a new tensor of x's dtype."""
+    wide = x.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def layer(
+    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
+) -> Tensor:
+    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype.
+
+    weights: by name within the layer ("self_attn.q_proj.weight"), matrices [out, in]; a bias is used where present.
+    """
+
+    def linear(name: str, into: Tensor) -> Tensor:
+        if tap is not None:
+            tap(name, into)
+        return functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def heads(name: str, into: Tensor, count: int) -> Tensor:
+        return linear(name, into).view(*into.shape[:2], count, config.head_dim).transpose(1, 2)
+
+    normed = norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
+    query = rope.rotate(heads("self_attn.q_proj", normed, config.n_heads), positions.cos, positions.sin)
+    key = rope.rotate(heads("self_attn.k_proj", normed, config.n_kv_heads), positions.cos, positions.sin)
+    value = heads("self_attn.v_proj", normed, config.n_kv_heads)
+    mixed = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=positions.seen,
+        is_causal=positions.seen is None,
+        enable_gqa=config.n_heads != config.n_kv_heads,
+    )
+    x = linear("self_attn.o_proj", mixed.transpose(1, 2).flatten(2)).add_(x)
+    normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+    gate = functional.silu(linear("mlp.gate_proj", normed), inplace=True)
+    return linear("mlp.down_proj", gate.mul_(linear("mlp.up_proj", normed))).add_(x)

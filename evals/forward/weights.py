@@ -1,0 +1,104 @@
+"""Weights from a reader to torch, slab by slab, so that beside the finished tensor only one slab is ever in flight.
+
+Plain float layouts are converted by torch in the copy itself; every other layout goes through `quant.codecs.decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weightsmith.errors import WeightsmithError
+from weightsmith.types import Packed, Reader, TensorInfo
+
+SLAB = 16 << 20  # float32 bytes per slab
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Place(NamedTuple):
+    """Where computing happens and in what precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _decoded(info: TensorInfo, packed: Packed) -> Tensor:
+    plain = _PLAIN.get(info.codec)
+    if plain is not None:
+        return torch.from_numpy(packed).view(plain)
+    from weightsmith.quant.codecs import decode  # noqa: PLC0415  (compiles kernels; not needed for plain floats)
+
+    try:
+        return torch.from_numpy(decode(info.codec, packed, info.row_len))
+    except WeightsmithError as error:
+        error.path, error.tensor = error.path or info.path, error.tensor or info.name
+        raise
+
+
+def slabs(reader: Reader, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Rows [start, stop) of a canonical tensor as (first row, Tensor [rows, row_len]), stored dtype or float32."""
+    info = reader.infos()[name]
+    stop = info.n_rows if stop is None else stop
+    unit = reader.row_unit(name)
+    step = max(1, SLAB // (4 * info.row_len * unit)) * unit
+    end = min(-(-stop // unit) * unit, info.n_rows)
+    for at in range(start // unit * unit, end, step):  # on the grid of units; what lies outside the range is dropped
+        rows = _decoded(info, reader.rows(name, at, min(at + step, end)))
+        skip = max(start - at, 0)
+        yield at + skip, rows[skip : stop - at]
+
+
+def tensor(reader: Reader, name: str, place: Place) -> Tensor:
+    """A whole canonical tensor in its own shape, at `place`."""
+    info = reader.infos()[name]
+    whole = torch.empty(info.n_rows, info.row_len, device=place.device, dtype=place.dtype)
+    for start, rows in slabs(reader, name):
+        whole[start : start + len(rows)] = rows
+    return whole.reshape(info.shape)
+
+
+def gather(reader: Reader, name: str, ids: Tensor, place: Place) -> Tensor:
+    """Rows `ids` (int64 of any shape, on the CPU) of a matrix, as [*ids.shape, row_len].
+
+    Slabs in which no row is wanted are not read.
+    """
+    info = reader.infos()[name]
+    flat = ids.reshape(-1)
+    order = flat.argsort()
+    wanted = flat[order].contiguous()
+    found = torch.empty(len(flat), info.row_len, device=place.device, dtype=place.dtype)
+    step = max(1, SLAB // (4 * info.row_len))
+    done = 0
+    while done < len(wanted):
+        first = int(wanted[done])
+        upto = int(torch.searchsorted(wanted, min(first + step, info.n_rows)))
+        for start, rows in slabs(reader, name, first, int(wanted[upto - 1]) + 1):
+            here = slice(*torch.searchsorted(wanted, torch.tensor([start, start + len(rows)])).tolist())
+            found[order[here].to(place.device)] = rows[wanted[here] - start].to(place.device, place.dtype)
+        done = upto
+    return found.reshape(*ids.shape, info.row_len)
+
+
+def layer(reader: Reader, prefix: str, place: Place) -> dict[str, Tensor]:
+    """Every tensor under `prefix`, by the rest of its name."""
+    names = [name for name in reader.infos() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensor(reader, name, place) for name in names}
+
+
+def stream(reader: Reader, prefixes: list[str], place: Place) -> Iterator[dict[str, Tensor]]:
+    """The weights under each prefix in turn; the next ones load in a thread while the caller computes.
+
+    The caller must drop its reference before it asks for the next, so that two layers, not three, are in memory.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
+        coming = [pool.submit(layer, reader, prefixes[0], place)]
+        for prefix in [*prefixes[1:], None]:
+            ready = [coming.pop().result()]
+            if prefix is not None:
+                coming.append(pool.submit(layer, reader, prefix, place))
+            yield ready.pop()  # popped, so that this frame holds no layer while the caller computes

@@ -1,0 +1,65 @@
+"""Codecs: float32 rows to packed blocks and back, one file per block layout.
+
+A codec is found by its file's name: `q4_0.py` is Q4_0. Each offers `encode(rows) -> Packed` and `decode(packed,
+row_len) -> Rows` and is imported when it is first used, because most need numba. Layouts without a file can only be
+decoded (`quant.foreign`). Both directions work on whole rows, so any slab of rows can be handed to any thread, and the
+bytes do not depend on how rows were grouped. The kernels run without the GIL: threads over slabs use all cores.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+
+from weightsmith.errors import IntegrityError, UnsupportedError
+from weightsmith.quant import finite, foreign
+from weightsmith.quant.blocks import BLOCKS, row_nbytes
+from weightsmith.types import Packed, Rows
+
+
+@cache
+def writable() -> tuple[str, ...]:
+    """Names of the codecs that can be written, in the order of `quant.blocks`; imports none of them."""
+    files = {module.name.upper() for module in pkgutil.iter_modules(__path__)}
+    return tuple(name for name in BLOCKS if name in files)
+
+
+@cache
+def _module(codec: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{codec.lower()}")
+
+
+def encode(codec: str, rows: Rows) -> Packed:
+    """Pack float32 [rows, row_len] into uint8 [rows, row_bytes]; F32 shares memory with `rows`.
+
+    Raises UnsupportedError (a layout that cannot be written or does not divide the row, or a weight outside its range)
+    and IntegrityError (NaN or Inf). The caller knows the tensor and adds it to the error.
+    """
+    if codec not in writable():
+        raise UnsupportedError(f"{codec} cannot be written", hint=f"Writable: {', '.join(writable())}.")
+    row_nbytes(codec, rows.shape[1])
+    packed: Packed = _module(codec).encode(np.require(rows, np.float32, ["C", "A"]))
+    return packed
+
+
+def decode(codec: str, packed: Packed, row_len: int) -> Rows:
+    """Unpack uint8 [rows, row_bytes] into float32 [rows, row_len]; F32 may share memory with `packed`.
+
+    Raises UnsupportedError (unknown layout) and IntegrityError (row_bytes does not fit row_len). NaN and Inf in the
+    bytes come out as such; `check_finite` looks for them.
+    """
+    expected = row_nbytes(codec, row_len)
+    if packed.shape[1] != expected:
+        raise IntegrityError(f"{packed.shape[1]} bytes in a row of {row_len} {codec} weights, expected {expected}")
+    packed = np.ascontiguousarray(packed)
+    rows: Rows = _module(codec).decode(packed, row_len) if codec in writable() else foreign.decode(codec, packed)
+    return rows
+
+
+def check_finite(codec: str, packed: Packed) -> None:
+    """Raise IntegrityError if the bytes of a float layout, or a block layout's scales, hold NaN or Inf."""
+    finite.check_finite(codec, packed)

@@ -1,0 +1,67 @@
+"""Q4_0: 32 weights share a half-precision scale d; each is a code q of 0..15 around 8.
+
+    18 bytes: d (f16) | 16 bytes of nibbles (low: weight j, high: weight j + 16)         w = d * (q - 8)
+
+The weight of largest magnitude, the first of several, sits on code 0: d = w / -8, so d's sign is opposite to its.
+q = min(15, trunc(w * (1 / d) + 8.5)) in float32. d is rounded to half only when stored. In an all-zero block the first
+weight is the largest: +0 gives d = -0, and -0 gives d = +0 (as the gguf package does; ggml's C code takes +0 as the
+largest there, so its d is always -0; both decode to zeros).
+
+Ref: ggml-quants.c, quantize_row_q4_0_ref and dequantize_row_q4_0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsmith.quant.extremes import first_largest
+from weightsmith.quant.kernels import (
+    DECODE,
+    ENCODE,
+    decode_blocks,
+    encode_blocks,
+    half_bits,
+    half_value,
+    inverse,
+    kernel,
+)
+from weightsmith.types import Packed, Rows
+
+
+@kernel(ENCODE)
+def _encode(x, out):  # type: ignore[no-untyped-def]
+    side = x.shape[1] // 2
+    worst = np.int32(0)
+    for b in range(x.shape[0]):
+        d = np.float32(first_largest(x, b) / np.float32(-8.0))
+        scale = inverse(d)
+        half = half_bits(d)
+        worst = max(worst, np.int32(half & np.int32(0x7FFF)))
+        out[b, 0] = half & 0xFF
+        out[b, 1] = half >> 8
+        for j in range(side):
+            low = min(np.int32(np.float32(np.float32(x[b, j] * scale) + np.float32(8.5))), np.int32(15))
+            high = min(np.int32(np.float32(np.float32(x[b, j + side] * scale) + np.float32(8.5))), np.int32(15))
+            out[b, 2 + j] = np.uint8(low | np.int32(high << np.int32(4)))
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):  # type: ignore[no-untyped-def]
+    side = out.shape[1] // 2
+    for b in range(packed.shape[0]):
+        d = half_value(np.int32(packed[b, 0] | np.int32(packed[b, 1]) << 8))
+        for j in range(side):
+            pair = np.int32(packed[b, 2 + j])
+            out[b, j] = np.float32(d * np.float32(np.int32((pair & np.int32(15)) - np.int32(8))))
+            out[b, j + side] = np.float32(d * np.float32(np.int32((pair >> np.int32(4)) - np.int32(8))))
+
+
+def encode(rows: Rows) -> Packed:
+    """Pack float32 [rows, row_len]; IntegrityError for NaN or Inf, UnsupportedError beyond 8 * 65504."""
+    return encode_blocks("Q4_0", _encode, rows)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q4_0", _decode, packed, row_len)

@@ -1,0 +1,72 @@
+"""Q4_1: 32 weights share a half-precision scale d and offset m; each is a code q of 0..15.
+
+    20 bytes: d (f16) | m (f16) | 16 bytes of nibbles (low: weight j, high: weight j + 16)       w = d * q + m
+
+m = min w, d = (max w - min w) / 15, q = min(15, trunc((w - m) * (1 / d) + 0.5)) in float32, all with the unrounded d
+and m, which become half only when stored. A minimum of zero has the sign of the block's first zero, as the reference's
+loop leaves it (numpy's own minimum does not define it).
+
+Ref: ggml-quants.c, quantize_row_q4_1_ref and dequantize_row_q4_1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsmith.quant.extremes import span
+from weightsmith.quant.kernels import (
+    DECODE,
+    ENCODE,
+    decode_blocks,
+    encode_blocks,
+    half_bits,
+    half_value,
+    inverse,
+    kernel,
+)
+from weightsmith.types import Packed, Rows
+
+
+@kernel(ENCODE)
+def _encode(x, out):  # type: ignore[no-untyped-def]
+    side = x.shape[1] // 2
+    worst = np.int32(0)
+    for b in range(x.shape[0]):
+        m, most = span(x, b)
+        d = np.float32(np.float32(most - m) / np.float32(15.0))
+        scale = inverse(d)
+        half, offset = half_bits(d), half_bits(m)
+        worst = max(worst, np.int32(half & np.int32(0x7FFF)), np.int32(offset & np.int32(0x7FFF)))
+        out[b, 0] = half & 0xFF
+        out[b, 1] = half >> 8
+        out[b, 2] = offset & 0xFF
+        out[b, 3] = offset >> 8
+        for j in range(side):
+            v = np.float32(np.float32(x[b, j] - m) * scale)
+            w = np.float32(np.float32(x[b, j + side] - m) * scale)
+            low = min(np.int32(np.float32(v + np.float32(0.5))), np.int32(15))
+            high = min(np.int32(np.float32(w + np.float32(0.5))), np.int32(15))
+            out[b, 4 + j] = np.uint8(low | np.int32(high << np.int32(4)))
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):  # type: ignore[no-untyped-def]
+    side = out.shape[1] // 2
+    for b in range(packed.shape[0]):
+        d = half_value(np.int32(packed[b, 0] | np.int32(packed[b, 1]) << 8))
+        m = half_value(np.int32(packed[b, 2] | np.int32(packed[b, 3]) << 8))
+        for j in range(side):
+            pair = np.int32(packed[b, 4 + j])
+            out[b, j] = np.float32(np.float32(d * np.float32(np.int32(pair & np.int32(15)))) + m)
+            out[b, j + side] = np.float32(np.float32(d * np.float32(np.int32(pair >> np.int32(4)))) + m)
+
+
+def encode(rows: Rows) -> Packed:
+    """Pack float32 [rows, row_len]; IntegrityError for NaN or Inf, UnsupportedError if d or m leaves F16's range."""
+    return encode_blocks("Q4_1", _encode, rows)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q4_1", _decode, packed, row_len)

@@ -1,0 +1,76 @@
+"""Q5_0: 32 weights share a half-precision scale d; each is a code q of 0..31 around 16.
+
+    22 bytes: d (f16) | high (u32: bit j is bit 4 of weight j) | 16 bytes of low nibbles as in Q4_0     w = d * (q - 16)
+
+As Q4_0 with twice the levels: the first weight of largest magnitude sits on code 0, d = w / -16,
+q = min(31, trunc(w * (1 / d) + 16.5)) in float32; d becomes half only when stored. All-zero blocks: see Q4_0.
+
+Ref: ggml-quants.c, quantize_row_q5_0_ref and dequantize_row_q5_0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsmith.quant.extremes import first_largest
+from weightsmith.quant.kernels import (
+    DECODE,
+    ENCODE,
+    decode_blocks,
+    encode_blocks,
+    half_bits,
+    half_value,
+    inverse,
+    kernel,
+)
+from weightsmith.types import Packed, Rows
+
+
+@kernel(ENCODE)
+def _encode(x, out):  # type: ignore[no-untyped-def]
+    side = x.shape[1] // 2
+    worst = np.int32(0)
+    for b in range(x.shape[0]):
+        d = np.float32(first_largest(x, b) / np.float32(-16.0))
+        scale = inverse(d)
+        half = half_bits(d)
+        worst = max(worst, np.int32(half & np.int32(0x7FFF)))
+        out[b, 0] = half & 0xFF
+        out[b, 1] = half >> 8
+        fifth = np.uint32(0)
+        for j in range(side):
+            low = min(np.int32(np.float32(np.float32(x[b, j] * scale) + np.float32(16.5))), np.int32(31))
+            high = min(np.int32(np.float32(np.float32(x[b, j + side] * scale) + np.float32(16.5))), np.int32(31))
+            bits = np.uint32((low >> np.int32(4)) | np.int32((high & np.int32(16)) << np.int32(12)))
+            fifth = np.uint32(fifth | np.uint32(bits << np.uint32(j)))
+            out[b, 6 + j] = np.uint8((low & np.int32(15)) | np.int32((high & np.int32(15)) << np.int32(4)))
+        for k in range(4):
+            out[b, 2 + k] = np.uint8(fifth >> np.uint32(8 * k))
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):  # type: ignore[no-untyped-def]
+    side = out.shape[1] // 2
+    for b in range(packed.shape[0]):
+        d = half_value(np.int32(packed[b, 0] | np.int32(packed[b, 1]) << 8))
+        fifth = np.uint32(0)
+        for k in range(4):
+            fifth = np.uint32(fifth | np.uint32(np.uint32(packed[b, 2 + k]) << np.uint32(8 * k)))
+        for j in range(side):
+            pair = np.int32(packed[b, 6 + j])
+            bits = np.int32(np.uint32(fifth >> np.uint32(j)) & np.uint32(0x10001))
+            low = np.int32((pair & np.int32(15)) | np.int32((bits & np.int32(1)) << np.int32(4)))
+            high = np.int32((pair >> np.int32(4)) | np.int32((bits >> np.int32(12)) & np.int32(16)))
+            out[b, j] = np.float32(d * np.float32(np.int32(low - np.int32(16))))
+            out[b, j + side] = np.float32(d * np.float32(np.int32(high - np.int32(16))))
+
+
+def encode(rows: Rows) -> Packed:
+    """Pack float32 [rows, row_len]; IntegrityError for NaN or Inf, UnsupportedError beyond 16 * 65504."""
+    return encode_blocks("Q5_0", _encode, rows)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q5_0", _decode, packed, row_len)

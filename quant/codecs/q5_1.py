@@ -1,0 +1,82 @@
+"""Q5_1: 32 weights share a half-precision scale d and offset m; each is a code q of 0..31.
+
+    24 bytes: d (f16) | m (f16) | high (u32: bit j is bit 4 of weight j) | 16 bytes of low nibbles       w = d * q + m
+
+As Q4_1 with twice the levels: m = min w, d = (max w - min w) / 31, q = min(31, trunc((w - m) * (1 / d) + 0.5)) in
+float32; d and m become half only when stored. The sign of a zero minimum: see Q4_1.
+
+Ref: ggml-quants.c, quantize_row_q5_1_ref and dequantize_row_q5_1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsmith.quant.extremes import span
+from weightsmith.quant.kernels import (
+    DECODE,
+    ENCODE,
+    decode_blocks,
+    encode_blocks,
+    half_bits,
+    half_value,
+    inverse,
+    kernel,
+)
+from weightsmith.types import Packed, Rows
+
+
+@kernel(ENCODE)
+def _encode(x, out):  # type: ignore[no-untyped-def]
+    side = x.shape[1] // 2
+    worst = np.int32(0)
+    for b in range(x.shape[0]):
+        m, most = span(x, b)
+        d = np.float32(np.float32(most - m) / np.float32(31.0))
+        scale = inverse(d)
+        half, offset = half_bits(d), half_bits(m)
+        worst = max(worst, np.int32(half & np.int32(0x7FFF)), np.int32(offset & np.int32(0x7FFF)))
+        out[b, 0] = half & 0xFF
+        out[b, 1] = half >> 8
+        out[b, 2] = offset & 0xFF
+        out[b, 3] = offset >> 8
+        fifth = np.uint32(0)
+        for j in range(side):
+            v = np.float32(np.float32(x[b, j] - m) * scale)
+            w = np.float32(np.float32(x[b, j + side] - m) * scale)
+            low = min(np.int32(np.float32(v + np.float32(0.5))), np.int32(31))
+            high = min(np.int32(np.float32(w + np.float32(0.5))), np.int32(31))
+            bits = np.uint32((low >> np.int32(4)) | np.int32((high & np.int32(16)) << np.int32(12)))
+            fifth = np.uint32(fifth | np.uint32(bits << np.uint32(j)))
+            out[b, 8 + j] = np.uint8((low & np.int32(15)) | np.int32((high & np.int32(15)) << np.int32(4)))
+        for k in range(4):
+            out[b, 4 + k] = np.uint8(fifth >> np.uint32(8 * k))
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):  # type: ignore[no-untyped-def]
+    side = out.shape[1] // 2
+    for b in range(packed.shape[0]):
+        d = half_value(np.int32(packed[b, 0] | np.int32(packed[b, 1]) << 8))
+        m = half_value(np.int32(packed[b, 2] | np.int32(packed[b, 3]) << 8))
+        fifth = np.uint32(0)
+        for k in range(4):
+            fifth = np.uint32(fifth | np.uint32(np.uint32(packed[b, 4 + k]) << np.uint32(8 * k)))
+        for j in range(side):
+            pair = np.int32(packed[b, 8 + j])
+            bits = np.int32(np.uint32(fifth >> np.uint32(j)) & np.uint32(0x10001))
+            low = np.int32((pair & np.int32(15)) | np.int32((bits & np.int32(1)) << np.int32(4)))
+            high = np.int32((pair >> np.int32(4)) | np.int32((bits >> np.int32(12)) & np.int32(16)))
+            out[b, j] = np.float32(np.float32(d * np.float32(low)) + m)
+            out[b, j + side] = np.float32(np.float32(d * np.float32(high)) + m)
+
+
+def encode(rows: Rows) -> Packed:
+    """Pack float32 [rows, row_len]; IntegrityError for NaN or Inf, UnsupportedError if d or m leaves F16's range."""
+    return encode_blocks("Q5_1", _encode, rows)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q5_1", _decode, packed, row_len)

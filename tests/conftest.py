@@ -1,0 +1,39 @@
+"""Fixtures that every test may use, and where fetched material lies (see tests/assets.py)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "build" / "assets"
+
+for _name, _path in (("WEIGHTSMITH_DEMO_GGUF", ASSETS / "demo.gguf"), ("WEIGHTSMITH_LLAMA_CPP", ASSETS / "llama.cpp")):
+    if _path.exists():
+        os.environ.setdefault(_name, str(_path))
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has its own catalog and never sees the user's."""
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "weightsmith-home"))
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1 GGUF."""
+    path = os.environ.get("WEIGHTSMITH_DEMO_GGUF")
+    if not path:
+        pytest.skip("the demo model is absent; `make test` fetches it (tests/assets.py)")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_tree() -> Path:
+    """llama.cpp's source tree, for its converter and vocabularies."""
+    path = os.environ.get("WEIGHTSMITH_LLAMA_CPP")
+    if not path:
+        pytest.skip("llama.cpp's sources are absent; `make test` fetches them (tests/assets.py)")
+    return Path(path)

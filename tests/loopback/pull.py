@@ -1,0 +1,72 @@
+"""Run one pull in a process of its own and print what came of it as JSON.
+
+huggingface_hub reads its environment when it is imported, so each test that needs another one starts another process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from weightsmith.catalog import Catalog, Entry
+from weightsmith.errors import WeightsmithError
+from weightsmith.sources import catalog_name, fetch, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_pull(home: Path, source: str, *, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    """Pull `source` into the catalog at `home`; returns {"ok": record...} or {"error": class, "exit": code, ...}.
+
+    "said" holds all that the process wrote to stdout and stderr.
+    """
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "WEIGHTSMITH_WHEELS"}
+    clean |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "hf")}
+    clean |= {"WEIGHTSMITH_HOME": str(home / "weightsmith"), "PYTHONPATH": str(ROOT), **(env or {})}
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.loopback.pull", source, json.dumps(options)]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise AssertionError(f"no answer; stderr:\n{done.stderr}") from error
+    return {**answer, "said": done.stdout + done.stderr}
+
+
+def take(catalog: Catalog, text: str, *, name: str | None = None, tag: str = "original", **options: Any) -> Entry:
+    """Fetch the source `text` into `catalog`: the two steps of a pull, without its shortcuts."""
+    source = parse(text)
+    with catalog.reserve(name or catalog_name(source), tag) as reservation:
+        fetched = fetch(source, reservation.folder, home=catalog.home, **options)
+        hashes = {file.path: file.sha256 for file in fetched.files}
+        return reservation.commit(origin=fetched.origin, hashes=hashes)
+
+
+def main() -> None:
+    """Pull what the command line says."""
+
+    logging.basicConfig(level=logging.DEBUG)
+    options = json.loads(sys.argv[2])
+    patience = options.pop("waits", [0, 0])
+    if sys.argv[1].startswith("hf://"):
+        from weightsmith.sources import hub
+
+        hub.WAITS = tuple(patience)
+    try:
+        entry = take(Catalog(), sys.argv[1], **options)
+    except WeightsmithError as error:
+        answer = {"error": type(error).__name__, "exit": error.exit_code, "text": str(error)}
+    else:
+        files = {file.path: file.sha256 for file in entry.files}
+        answer = {"ok": entry.ref, "files": files, "origin": entry.origin, "path": str(entry.path)}
+        answer |= {"licence": entry.licence, "modules": sorted(sys.modules)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Pulling from a hub, with the real huggingface_hub against a hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.loopback.hub import Hub, Request
+from tests.loopback.pull import run_pull
+
+REPO = "org/Tiny-Llama"
+TOKEN = "hf_secretSECRETsecret0123456789"
+
+
+def env(hub: Hub, **more: str) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.endpoint, **more}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def asked(hub: Hub, method: str = "GET") -> list[str]:
+    return [r.path.rpartition("/")[2] for r in hub.log if r.method == method and "/resolve/" in r.path]
+
+
+def test_pull_takes_the_checkpoint_and_nothing_else(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    extra = {"pytorch_model.bin": b"pickle" * 30, "modeling_evil.py": b"open('/tmp/x')", "README.md": b"hello"}
+    extra |= {"original/consolidated.00.pth": b"p" * 99, "consolidated.safetensors": b"x" * 99, "LICENSE": b"MIT"}
+    extra |= {"tiny-Q8_0.gguf": b"GGUF" * 40}
+    commit = hub.add(REPO, {**llama_files, **extra}, licence="llama3.1")
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["ok"] == "tiny-llama:original"
+    assert got["files"] == {name: sha256(data) for name, data in {**llama_files, "LICENSE": b"MIT"}.items()}
+    assert got["origin"]["commit"] == commit
+    assert got["origin"]["source"] == f"hf://{REPO}@{commit}"
+    assert got["licence"] == "llama3.1"
+    assert sorted(path.name for path in Path(got["path"]).iterdir()) == sorted([*got["files"], "weightsmith.json"])
+    assert not {"transformers", "torch"} & set(got["modules"])
+    # R13: nothing but this repository was asked for, and always at one commit
+    assert all(r.path.startswith((f"/api/models/{REPO}/", f"/{REPO}/resolve/{commit}/")) for r in hub.log)
+
+
+@pytest.mark.slow
+def test_second_pull_fetches_no_file_again(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    commit = hub.add(REPO, llama_files)
+    run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    hub.log.clear()
+    again = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert again["ok"] == "tiny-llama:original"
+    assert asked(hub) == []
+    assert run_pull(tmp_path, f"hf://{REPO}@{commit}", env=env(hub))["ok"] == "tiny-llama:original"
+
+
+@pytest.mark.slow
+def test_moved_main_is_another_checkpoint(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, llama_files)
+    run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    hub.add(REPO, {**llama_files, "LICENSE": b"other"})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("OutputExistsError", 2)
+    assert run_pull(tmp_path, f"hf://{REPO}", env=env(hub), tag="new")["ok"] == "tiny-llama:new"
+
+
+def test_main_moving_during_the_pull_changes_nothing(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    first = hub.add(REPO, llama_files)
+
+    def move(request: Request) -> None:
+        if "/tree/" in request.path:
+            hub.add(REPO, {name: data[::-1] for name, data in llama_files.items()})
+
+    hub.faults.on_request = move
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["origin"]["commit"] == first
+    assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_wrong_bytes_of_the_right_size_are_refused(
+    hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], name: str
+) -> None:
+    hub.add(REPO, llama_files)
+    bad = bytearray(llama_files[name])
+    bad[-1] ^= 1
+    hub.faults.corrupt[name] = bytes(bad)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+    assert name in got["text"]
+    assert not (tmp_path / "weightsmith" / "models").exists()
+    assert not list((tmp_path / "weightsmith" / "staging").glob("[!.]*"))
+    hub.faults.corrupt.clear()
+    healed = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert healed["files"][name] == sha256(llama_files[name]), "the bad copy in the cache must not stick"
+
+
+@pytest.mark.parametrize(
+    ("setup", "token", "error", "words"),
+    [
+        ({"gated": True}, None, "AccessError", "no token was found"),
+        ({"gated": True}, TOKEN, "AccessError", "licence was not accepted"),
+        ({"private": True}, None, "NotFoundError", "or it is private"),
+        ({"private": True}, TOKEN, "NotFoundError", "for this token's account"),
+        ({}, "hf_wrong", "AccessError", "token is refused"),
+    ],
+)
+def test_refusals_are_told_apart(
+    hub: Hub,
+    tmp_path: Path,
+    llama_files: dict[str, bytes],
+    setup: dict[str, Any],
+    token: str | None,
+    error: str,
+    words: str,
+) -> None:
+    hub.add(REPO, llama_files, **setup)
+    hub.tokens.add(TOKEN)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub, **({"HF_TOKEN": token} if token else {})))
+    assert (got["error"], got["exit"]) == (error, 7)
+    assert words in got["text"]
+    assert "\n  " in got["text"], "a refusal says what to do"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        ("hf://org/absent", {}, "no such repository"),
+        (f"hf://{REPO}@v9", {}, "no revision 'v9'"),
+        (f"hf://{REPO}", {"revision": "0" * 40}, "no revision"),
+        (f"hf://{REPO}", {"include": ["*.Q4.gguf"]}, "no weights match"),
+        (f"hf://{REPO}", {"offline": True}, "offline"),
+    ],
+)
+def test_what_does_not_exist(
+    hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], source: str, options: dict[str, Any], words: str
+) -> None:
+    hub.add(REPO, llama_files)
+    got = run_pull(tmp_path, source, env=env(hub), **options)
+    assert (got["error"], got["exit"]) == ("NotFoundError", 7)
+    assert words in got["text"]
+
+
+def test_accepted_licence_lets_in_and_the_token_stays_here(
+    hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]
+) -> None:
+    """R22: the token goes to the hub alone, not along a redirect to another host, and is written nowhere."""
+    hub.add(REPO, llama_files, gated=True, accepted={TOKEN})
+    hub.tokens.add(TOKEN)
+    cdn = Hub()
+    cdn.plain = {sha256(data): data for data in llama_files.values()}
+    small = {name: data for name, data in llama_files.items() if len(data) < 64}
+    assert not small, "the test serves everything through the redirect"
+    hub.faults.redirect = cdn.endpoint
+    try:
+        got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub, HF_TOKEN=TOKEN))
+    finally:
+        cdn.close()
+    assert got["ok"]
+    assert got["origin"]["gated"] is True
+    assert any(r.headers.get("authorization") == f"Bearer {TOKEN}" for r in hub.log)
+    assert cdn.log
+    assert not any("authorization" in r.headers for r in cdn.log)
+    assert TOKEN not in got["said"]
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_offline_after_a_pull_needs_no_hub(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, llama_files)
+    run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    hub.log.clear()
+    for options, more in (({"offline": True, "tag": "a"}, {}), ({"tag": "b"}, {"HF_HUB_OFFLINE": "1"})):
+        got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub, **more), **options)
+        assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
+    assert hub.log == []
+    blob = next((tmp_path / "hf").rglob("model.safetensors")).resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.unlink()
+    blob.write_bytes(data)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), offline=True, tag="c")
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_failure_is_tried_again(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], status: int) -> None:
+    hub.add(REPO, llama_files)
+    hub.faults.status, hub.faults.times, hub.faults.match = status, 1, "/revision/"
+    assert run_pull(tmp_path, f"hf://{REPO}", env=env(hub))["ok"]
+
+
+@pytest.mark.slow
+def test_a_lasting_failure_says_what_is_kept(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, llama_files)
+    hub.faults.status, hub.faults.times, hub.faults.match = 500, 99, "model.safetensors"
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("WeightsmithError", 1)
+    assert "Run the same command again" in got["text"]
+    assert "HTTP 500" in got["text"]
+    hub.faults.times = 0
+    hub.log.clear()
+    assert run_pull(tmp_path, f"hf://{REPO}", env=env(hub))["ok"]
+    assert "config.json" not in asked(hub), "what was finished is not fetched twice"
+
+
+def test_no_server_at_all(hub: Hub, tmp_path: Path) -> None:
+    hub.close()
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("WeightsmithError", 1)
+    assert "connection failed" in got["text"]
+
+
+def test_a_cut_body_is_resumed_or_fetched_again(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, llama_files)
+    hub.faults.cut, hub.faults.cuts = 1000, 2
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
+
+
+@pytest.mark.parametrize("endpoint", ["http://hub.example.org", "ftp://127.0.0.1", "https://user:pw@hub.example.org"])
+def test_endpoints_that_would_leak_a_token_are_refused(tmp_path: Path, endpoint: str) -> None:
+    got = run_pull(tmp_path, f"hf://{REPO}", env={"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN})
+    assert (got["error"], got["exit"]) == ("UsageError", 2)
+    assert "pw" not in got["text"]
+
+
+def test_only_pickles(hub: Hub, tmp_path: Path) -> None:
+    hub.add(REPO, {"pytorch_model.bin": b"p" * 99, "config.json": b"{}"})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    forced = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), include=["*.bin"])
+    assert (forced["error"], forced["exit"]) == ("UnsafeInputError", 4)
+    assert asked(hub) == []
+
+
+@pytest.mark.parametrize("name", ["..\\x.safetensors", "C:x.safetensors", "nul.safetensors", "e\u0301.safetensors"])
+def test_hostile_names_in_the_listing(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], name: str) -> None:
+    """R10 through the listing: a chosen name that is no plain file name stops the pull before any file is asked for."""
+    files = {key: data for key, data in llama_files.items() if key != "model.safetensors"}
+    hub.add(REPO, {**files, name: llama_files["model.safetensors"]})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    assert asked(hub) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"oid": "../../../../etc"}, {"oid": "zz"}, {"size": -1}, {"lfs": {"oid": "../x", "size": 5, "pointerSize": 1}}],
+)
+def test_hostile_hashes_in_the_listing(hub: Hub, tmp_path: Path, change: dict[str, Any]) -> None:
+    """R11: a hash is checked before anything is named after it."""
+    hub.add(REPO, {"model.safetensors": b"x" * 9})
+    hub.faults.tree = [{"type": "file", "path": "model.safetensors", "size": 9, "oid": "0" * 40, **change}]
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+    assert asked(hub) == []
+
+
+def test_names_that_differ_in_case_only(hub: Hub, tmp_path: Path) -> None:
+    hub.add(REPO, {"a-Model.safetensors": b"x", "A-model.safetensors": b"y"})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+
+
+@pytest.mark.parametrize("shard", ["../../other/repo/x.safetensors", "/etc/passwd", "x.bin", "sub/x.safetensors"])
+def test_index_cannot_reach_elsewhere(hub: Hub, tmp_path: Path, shard: str) -> None:
+    """R12: shard names of an index."""
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": shard}}).encode()
+    hub.add(REPO, {"model.safetensors.index.json": index, "model-00001-of-00002.safetensors": b"x" * 99})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    assert asked(hub) == ["model.safetensors.index.json"]
+
+
+def test_index_with_a_missing_shard(hub: Hub, tmp_path: Path) -> None:
+    index = json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    )
+    hub.add(REPO, {"model.safetensors.index.json": index.encode(), "model-00001-of-00002.safetensors": b"x" * 99})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+
+
+def test_a_damaged_checkpoint_never_becomes_an_entry(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, {**llama_files, "model.safetensors": b"\xff" * 400})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+    assert not list((tmp_path / "weightsmith" / "models").rglob("weightsmith.json"))
+
+
+@pytest.mark.slow
+def test_two_pulls_at_once(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    hub.add(REPO, llama_files)
+    hub.faults.on_request = lambda request: time.sleep(0.02)
+    results: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(run_pull(tmp_path, f"hf://{REPO}", env=env(hub))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.get("ok") for result in results] == ["tiny-llama:original"] * 2

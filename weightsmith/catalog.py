@@ -1,0 +1,367 @@
+"""The catalog: what models there are, where each came from, and how each was made.
+
+    HOME/models/NAME/TAG/     one checkpoint: its files, and weightsmith.json, the record (see store.py)
+
+The record lies inside the folder, so one rename makes files and record appear together. `parent` is the digest of what
+an entry was made from and `recipe` how (tool, version, parameters, no paths, no times); following parents leads to the
+original, whose `origin` says where it was pulled from. The licence is inherited on that way.
+
+Writing is under the lock HOME/models/.lock. Reading takes no lock: entries appear and vanish by rename.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from weightsmith import store
+from weightsmith._version import __version__
+from weightsmith.atomic import disk_errors, sync_folder, write_text
+from weightsmith.errors import (
+    IntegrityError,
+    NotFoundError,
+    OutputExistsError,
+    UnsafeInputError,
+    UsageError,
+    WeightsmithError,
+)
+from weightsmith.progress import progress
+from weightsmith.safename import check_name
+from weightsmith.sources.locate import Located, did_you_mean
+from weightsmith.store import RECORD, Entry, File, digest_of, read_record, record_text
+
+__all__ = ["Catalog", "Entry", "File", "Located", "Removed", "Reservation", "tag_for"]
+
+log = logging.getLogger(__name__)
+
+ORIGINAL = "original"
+_WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
+_STAGES = (".old", ".gone")  # `.TAG.old` waits for its replacement, `.TAG.gone` for removal
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `remove` took away, and the bytes that became free (none for files that others still hold)."""
+
+    ref: str
+    freed: int
+
+
+def check_word(word: str, what: str) -> str:
+    """Return `word` if it can be a catalog name or tag, else raise UsageError."""
+    if not _WORD.fullmatch(word):
+        hint = "Small letters, digits, dots, dashes and underscores, at most 96, the first a letter or digit."
+        raise UsageError(f"{word!r} cannot be a {what}", hint=hint)
+    try:
+        check_name(word)
+    except UnsafeInputError as error:
+        raise UsageError(f"{word!r} cannot be a {what}: {error.message}") from error
+    return word
+
+
+def tag_for(kind: str) -> str:
+    """The tag of a derived checkpoint: its type in the catalog's alphabet (Q4_K_M -> q4_k_m)."""
+    return check_word(re.sub(r"[^a-z0-9._-]+", "-", kind.lower()).strip("-._"), "tag")
+
+
+class Catalog:
+    """The models below one home folder (None: the default, $WEIGHTSMITH_HOME)."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = store.home() if home is None else home
+        self.models = self.home / "models"
+
+    def list(self) -> list[Entry]:
+        """Every entry, by name and tag. A damaged record is warned about and left out."""
+        entries = []
+        for folder in self._folders():
+            try:
+                entries.append(read_record(folder))
+            except IntegrityError as error:
+                log.warning("%s", error)
+        return entries
+
+    def get(self, ref: str) -> Entry:
+        """The entry `name[:tag]`. Without a tag: the only one, else "original".
+
+        Raises NotFoundError (with near names), UsageError (several tags, none "original"), IntegrityError (record).
+        """
+        name, tag = self.split(ref)
+        tags = self.tags(name)
+        if not tags:
+            names = {folder.parent.name for folder in self._folders()}
+            hint = did_you_mean(name, names) or "`weightsmith list` shows what there is."
+            raise NotFoundError(f"no model {name!r} in the catalog", hint=hint)
+        if tag is None:
+            tag = tags[0] if len(tags) == 1 else ORIGINAL
+            if tag not in tags:
+                raise UsageError(f"{name} has several tags: {', '.join(tags)}", hint=f"Say which, as {name}:{tags[0]}.")
+        elif tag not in tags:
+            raise NotFoundError(f"{name} has no tag {tag!r}", hint=f"It has: {', '.join(tags)}.")
+        return read_record(self.models / name / tag)
+
+    def has(self, name: str, tag: str) -> bool:
+        """Whether `name:tag` is taken, by a sound entry or a damaged one."""
+        return (self.models / check_word(name, "name") / check_word(tag, "tag") / RECORD).is_file()
+
+    def tags(self, name: str) -> list[str]:
+        """The tags that `name` has, sorted; empty for an unknown name."""
+        return [folder.name for folder in self._folders(check_word(name, "name"))]
+
+    def path(self, ref: str) -> Path:
+        """What to open for `ref`: the GGUF file (the first of its splits), else the folder."""
+        return self.get(ref).path
+
+    def locate(self, text: str, *, registry: Path | None = None) -> Located:
+        """Find the checkpoint that the SOURCE `text` means, as `sources.locate.locate` does. Fetches nothing."""
+        from weightsmith.sources.locate import locate  # noqa: PLC0415
+
+        return locate(text, self, registry=registry)
+
+    def add(self, name: str, tag: str, prepared: Path, *, overwrite: bool = False, **record: Any) -> Entry:
+        """Take the finished file or folder `prepared` in as `name:tag`, by link where possible; it stays where it is.
+
+        record: what `Reservation.commit` takes. Raises as that does, and UnsafeInputError for a link out of the folder.
+        """
+        with self.reserve(name, tag) as reservation:
+            if not prepared.exists():
+                raise NotFoundError("no such file or folder", path=prepared)
+            root = prepared if prepared.is_dir() else prepared.parent
+            inside = (
+                sorted(path for path in prepared.rglob("*") if not path.is_dir()) if root == prepared else [prepared]
+            )
+            for path in inside:
+                relative = check_name(path.relative_to(root).as_posix(), path=prepared)
+                if root == prepared and not path.resolve().is_relative_to(root.resolve()):
+                    raise UnsafeInputError(f"{str(relative)!r} is a link that leaves the folder", path=prepared)
+                if str(relative) != RECORD:
+                    store.take_in(path, reservation.folder / relative)
+            return reservation.commit(overwrite=overwrite, **record)
+
+    def reserve(self, name: str, tag: str) -> Reservation:
+        """A staging folder for the checkpoint that will be `name:tag`; raises UsageError for what can be no name."""
+        return Reservation(self, check_word(name, "name"), check_word(tag, "tag"))
+
+    def remove(self, ref: str, *, force: bool = False) -> Removed:
+        """Remove the entry `ref` and its files. Files that the user has elsewhere stay there.
+
+        With `force` also a damaged entry, named with its tag. Raises UsageError if another entry was made from this
+        one and no entry of the same bytes could stand in (unless `force`).
+        """
+        with store.locked(self.models / ".lock"):
+            name, tag = self.split(ref)
+            if not (force and tag is not None and self.has(name, tag)):
+                entry = self.get(ref)
+                tag = entry.tag
+                self._refuse_orphans(entry, force=force)
+            folder = self.models / name / tag
+            freed = store.freed_bytes(folder)
+            gone = folder.with_name(f".{tag}.gone")
+            with disk_errors(folder):
+                os.replace(folder, gone)
+                shutil.rmtree(gone)
+                if not any(child.is_dir() for child in folder.parent.iterdir()):
+                    shutil.rmtree(folder.parent)
+        return Removed(f"{name}:{tag}", freed)
+
+    def lineage(self, ref: str) -> list[Entry]:
+        """The entry `ref`, what it was made from, and so on to the original.
+
+        Ends early where a parent is not in the catalog any more: the last entry's `parent` then is not None.
+        """
+        chain, known = [self.get(ref)], {entry.digest: entry for entry in self.list()}
+        while (parent := chain[-1].parent) in known and known[parent] not in chain:
+            chain.append(known[parent])
+        return chain
+
+    def evaluated(self, ref: str, result: Mapping[str, Any]) -> Entry:
+        """Append one evaluation (plain JSON values) to the record of `ref`; returns the entry as it is now."""
+        with store.locked(self.models / ".lock"):
+            entry = self.get(ref)
+            changed = dataclasses.replace(entry, evaluations=(*entry.evaluations, dict(result)))
+            write_text(entry.folder / RECORD, record_text(changed))
+        return changed
+
+    def split(self, ref: str) -> tuple[str, str | None]:
+        """`name[:tag]` as name and tag; raises UsageError if it is neither."""
+        name, mark, tag = ref.partition(":")
+        return check_word(name, "name"), check_word(tag, "tag") if mark else None
+
+    def _refuse_orphans(self, entry: Entry, *, force: bool) -> None:
+        others = [other for other in self.list() if other.ref != entry.ref]
+        children = [other.ref for other in others if other.parent == entry.digest]
+        twin = any(other.digest == entry.digest for other in others)
+        if children and not twin and not force:
+            raise UsageError(
+                f"{entry.ref} is what {', '.join(children)} came from",
+                hint="They could not be checked or rebuilt without it. Remove them first, or pass --force.",
+            )
+
+    def _folders(self, name: str | None = None) -> list[Path]:
+        """Folders that hold a record, sorted; never through a symbolic link."""
+        try:
+            names = [self.models / name] if name is not None else sorted(self.models.iterdir())
+            return [
+                tag
+                for folder in names
+                if _WORD.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+                for tag in sorted(folder.iterdir())
+                if _WORD.fullmatch(tag.name) and not tag.is_symlink() and (tag / RECORD).is_file()
+            ]
+        except FileNotFoundError:
+            return []
+
+
+class Reservation:
+    """A staging folder that becomes `name:tag` by `commit`, or vanishes. A context manager; leaving it aborts.
+
+    `folder` is empty, on the catalog's file system and seen by nobody. A killed process leaves it behind, and the next
+    reservation sweeps it away.
+    """
+
+    def __init__(self, catalog: Catalog, name: str, tag: str) -> None:
+        self.catalog, self.name, self.tag = catalog, name, tag
+        self._staging = store.Staging(catalog.home)
+        self.folder = self._staging.folder
+
+    def commit(
+        self,
+        *,
+        origin: Mapping[str, Any] | None = None,
+        parent: Entry | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        licence: str | None = None,
+        type: str | None = None,
+        hashes: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> Entry:
+        """Open and hash what lies in `folder`, write the record, rename into place; returns the entry.
+
+        origin, recipe: plain JSON values. parent: what it was made from; its licence is inherited unless `licence` or
+        the origin gives one. type: of the weights, if another word than the most frequent codec. hashes: SHA-256 by
+        relative path that are known already (from `sources.Fetched`).
+        Raises OutputExistsError if `name:tag` exists with other bytes (with the same bytes that entry is the result),
+        and what opening a damaged or unknown container raises.
+        """
+        entry = self._entry(dict(origin or {}), parent, type, hashes or {})
+        licence = licence or entry.origin.get("licence") or (parent.licence if parent else None)
+        recipe = {"tool": "weightsmith", "version": __version__, **recipe} if recipe is not None else None
+        entry = dataclasses.replace(entry, licence=licence, recipe=recipe)
+        write_text(self.folder / RECORD, record_text(entry))
+        target = entry.folder
+        with store.locked(self.catalog.models / ".lock"), disk_errors(target):
+            target.parent.mkdir(exist_ok=True)
+            _recover(target.parent)
+            if (target / RECORD).is_file() and not overwrite:
+                there = read_record(target)
+                if there.digest != entry.digest:
+                    hint = "Remove it first, pass --force, or choose another tag."
+                    raise OutputExistsError(f"{entry.ref} is already in the catalog", hint=hint)
+                return there
+            _swap_in(self.folder, target)
+        self._staging.release()
+        return entry
+
+    def abort(self) -> None:
+        """Remove the staging folder; harmless after `commit`."""
+        self._staging.release()
+
+    def _entry(
+        self, origin: dict[str, Any], parent: Entry | None, kind: str | None, hashes: Mapping[str, str]
+    ) -> Entry:
+        _hoist(self.folder)
+        files = _hashed(self.folder, hashes)
+        container, codec = _opened(self.folder, files)
+        return Entry(
+            name=self.name,
+            tag=self.tag,
+            folder=self.catalog.models / self.name / self.tag,
+            container=container,
+            type=kind or codec,
+            files=files,
+            digest=digest_of(files),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            origin=origin,
+            parent=parent.digest if parent else None,
+            parent_ref=parent.ref if parent else None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+def _hoist(folder: Path) -> None:
+    """A writer that makes a folder left it inside the staging folder: move its files up."""
+    inside = list(folder.iterdir())
+    if len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink():
+        inner = inside[0].rename(folder.with_name("inner"))
+        folder.rmdir()
+        inner.rename(folder)
+
+
+def _opened(folder: Path, files: tuple[File, ...]) -> tuple[str, str]:
+    """Container and most frequent codec (by weights) of the checkpoint in `folder`."""
+    from weightsmith.formats import open_reader  # noqa: PLC0415  (listing the catalog needs no container)
+
+    ggufs = [file.path for file in files if file.path.endswith(".gguf")]
+    reader = open_reader(folder / min(ggufs) if ggufs else folder)
+    try:
+        weights: dict[str, int] = {}
+        for info in reader.native_infos().values():
+            weights[info.codec] = weights.get(info.codec, 0) + info.n_weights
+        return reader.container, max(weights, key=lambda codec: weights[codec], default="")
+    finally:
+        reader.close()
+
+
+def _hashed(folder: Path, known: Mapping[str, str]) -> tuple[File, ...]:
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    if not paths:
+        raise WeightsmithError("nothing was written to keep", path=folder)
+    for name, path in paths.items():
+        check_name(name, path=folder)
+        if path.is_symlink() or not path.is_file() or name == RECORD:
+            raise UnsafeInputError(f"{name!r} may not be part of a checkpoint", path=folder)
+    sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}
+    if sizes.keys() <= known.keys():
+        return tuple(File(name, size, known[name]) for name, size in sizes.items())
+    with progress("hash", sum(size for name, size in sizes.items() if name not in known)) as ticker:
+        return tuple(
+            File(name, size, known.get(name) or store.sha256_file(paths[name], ticker)) for name, size in sizes.items()
+        )
+
+
+def _swap_in(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`. What stood there waits under a hidden name until the new one is in place."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(folder, target)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Finish what a process that died between two renames left: bring an old entry back, or drop what is gone."""
+    for left in list(folder.glob(".*")):
+        target = folder / left.stem[1:]
+        if left.suffix not in _STAGES or left.is_symlink():
+            continue
+        if left.suffix == ".old" and not target.exists():
+            os.replace(left, target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""`weightsmith convert`: one container to another, streaming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightsmith.cli.options import Size, common, output_options, source_argument
+
+
+@click.command("convert")
+@source_argument()
+@click.option("--to", "to", required=True, metavar="CONTAINER[:TYPE]", help="safetensors, gguf, gguf:BF16, ...")
+@output_options
+@click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
+@click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
+@click.option("--dry-run", is_flag=True, help="Print sizes and types, write nothing.")
+@common
+def command(
+    source: str,
+    to: str,
+    output: Path | None,
+    tag: str | None,
+    force: bool,
+    split_bytes: int | None,
+    pre: str | None,
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert SOURCE to another container, with its configuration and tokenizer.
+
+    Without a type nothing is lost: every tensor keeps its precision (block-quantized ones become F16 in safetensors).
+    Memory does not grow with the model.
+    """
+    from weightsmith import jobs
+    from weightsmith.cli.produce import produce
+
+    options = jobs.Options(pre=pre, split_bytes=split_bytes, threads=threads, overwrite=force)
+    target = jobs.Target.parse(to)
+    produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

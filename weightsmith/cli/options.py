@@ -1,0 +1,133 @@
+"""Options and arguments that several verbs share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+class Size(click.ParamType):
+    """A number of bytes: 5GB, 512MiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The size in bytes; a usage error for anything else."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper()
+        digits = text.rstrip("KMGTIB")
+        unit = text[len(digits) :].strip()
+        try:
+            nbytes = int(float(digits) * _UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is no size; write for instance 5GB or 512MiB", param, ctx)
+        if nbytes <= 0:
+            self.fail(f"{value!r} must be above zero", param, ctx)
+        return nbytes
+
+
+def _begin(ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:
+    """Set up logs and progress before a verb runs."""
+    from weightsmith.progress import set_quiet
+
+    set_quiet(quiet)
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "numba", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return quiet
+
+
+def common(function: F) -> F:
+    """--json and --quiet, which every verb has."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+    return click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_begin, is_eager=True, help="No progress, no notes."
+    )(function)
+
+
+def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
+    """Catalog names, registry names and files that begin with what was typed."""
+    from click.shell_completion import CompletionItem
+
+    from weightsmith.catalog import Catalog
+    from weightsmith.sources.registry import load
+
+    catalog = Catalog()
+    names = [entry.ref for entry in catalog.list()] + list(load(home=catalog.home).entries)
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def source_argument(name: str = "source") -> Callable[[F], F]:
+    """A SOURCE."""
+    return click.argument(name, metavar=name.upper(), shell_complete=_complete)
+
+
+def output_options(function: F) -> F:
+    """-o, --name, --tag, --force: where a result goes."""
+    for option in (
+        click.option("--force", is_flag=True, help="Replace what already stands there."),
+        click.option("--tag", help="Tag in the catalog; the type by default."),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here and leave the catalog alone."),
+    ):
+        function = option(function)
+    return function
+
+
+def evaluation_options(function: F) -> F:
+    """--text, --ctx, --convention, --windows, --threads, --device: how perplexity is measured."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default."),
+        click.option("--windows", type=click.IntRange(1), help="Use at most so many windows of the text."),
+        click.option(
+            "--convention",
+            type=click.Choice(["llama.cpp", "paper"]),
+            default="llama.cpp",
+            show_default=True,
+            help="Windows as llama-perplexity takes them, or as the GPTQ and AWQ papers do.",
+        ),
+        click.option("--ctx", type=click.IntRange(2), help="Tokens per window; 512, or 2048 for the paper convention."),
+        click.option(
+            "--text",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text to measure on; a short built-in one by default.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def evaluation_text(path: Path | None) -> str:
+    """The text to measure on: a UTF-8 file, or the built-in prose."""
+    if path is None:
+        from weightsmith.evals.prose import default_text
+
+        return default_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        from weightsmith.errors import UsageError
+
+        raise UsageError(f"not UTF-8 at byte {error.start}", path=path, hint="Convert it to UTF-8 first.") from error
+
+
+def torch_device(name: str) -> str:
+    """The device that "auto" stands for: a CUDA device where there is one, else the CPU."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,90 @@
+"""What `convert` and `quantize` share: source in, result into the catalog or to -o, a report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from weightsmith import jobs
+from weightsmith.catalog import Catalog, Located
+from weightsmith.cli.output import emit, fields, size_text, table
+from weightsmith.errors import OutputExistsError, UsageError
+
+
+def produce(
+    source: str,
+    target: jobs.Target,
+    options: jobs.Options,
+    *,
+    output: Path | None,
+    tag: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make `target` from `source` and print what was made."""
+    catalog = Catalog()
+    located = catalog.locate(source)
+    if dry_run:
+        planned = jobs.plan(located.path, target, options)
+        emit(_result(planned) | {"dry_run": True}, _text(planned, "would make"), as_json=as_json)
+        return
+    if output is not None:
+        report = jobs.convert(located.path, target, output, options)
+        emit(_result(report), _text(report, str(report.path)), as_json=as_json)
+        return
+    if located.entry is None:
+        raise UsageError(
+            f"{source!r} is not in the catalog, so its result has no name there",
+            hint="Pass -o OUTPUT, or pull it first: weightsmith pull " + source,
+        )
+    report, entry = into_catalog(catalog, located, target, options, tag=tag)
+    emit(_result(report) | {"ref": entry.ref, "path": str(entry.path)}, _text(report, entry.ref), as_json=as_json)
+
+
+def into_catalog(
+    catalog: Catalog, located: Located, target: jobs.Target, options: jobs.Options, *, tag: str | None
+) -> tuple[jobs.Report, Any]:
+    """Make `target` in a staging folder and move it into the catalog under the source's name."""
+    parent = located.entry
+    assert parent is not None
+    tag = tag or _tag(located, target, options)
+    if catalog.has(parent.name, tag) and not options.overwrite:
+        raise OutputExistsError(f"{parent.name}:{tag} is already in the catalog", hint="Pass --force or another --tag.")
+    with catalog.reserve(parent.name, tag) as reservation:
+        made = reservation.folder / (f"{parent.name}-{tag}" + (".gguf" if target.container == "gguf" else ""))
+        report = jobs.convert(located.path, target, made, options)
+        recipe = {"target": str(target)} | options.record()
+        entry = reservation.commit(parent=parent, recipe=recipe, overwrite=options.overwrite)
+    return report, entry
+
+
+def _tag(located: Located, target: jobs.Target, options: jobs.Options) -> str:
+    """The type of a GGUF; for another container its name, with the type if one was asked for."""
+    if target.container == "gguf":
+        return (target.type or jobs.plan(located.path, target, options).main_type).lower()
+    return str(target).replace(":", "-").lower()
+
+
+def _result(report: jobs.Report) -> dict[str, Any]:
+    return {
+        "target": report.target,
+        "path": str(report.path),
+        "tensor_bytes": report.nbytes,
+        "bpw": round(report.bpw, 4),
+        "seconds": round(report.seconds, 2),
+        "types": report.types,
+        "fallbacks": [{"tensor": name, "wanted": wanted, "got": got} for name, wanted, got in report.fallbacks],
+    }
+
+
+def _text(report: jobs.Report, title: str) -> str:
+    head = {
+        "made" if report.seconds else "plan": title,
+        "size": f"{size_text(report.nbytes)} of tensors, {report.bpw:.3f} bits per weight",
+        "types": ", ".join(f"{count} x {codec}" for codec, count in report.types.items()),
+        "seconds": f"{report.seconds:.1f}" if report.seconds else "",
+    }
+    if not report.fallbacks:
+        return fields(head)
+    note = "These rows are no multiple of the block, so another type was taken (--strict makes this an error):"
+    return "\n\n".join([fields(head), note, table(list(report.fallbacks), ["tensor", "wanted", "got"])])

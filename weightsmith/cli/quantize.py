@@ -1,0 +1,65 @@
+"""`weightsmith quantize`: a smaller file, straight from any readable checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightsmith.cli.options import Size, common, output_options, source_argument
+
+
+@click.command("quantize")
+@source_argument()
+@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q8_0, gguf:Q4_0, ...")
+@output_options
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of matching tensors; first match wins.",
+)
+@click.option("--pure", is_flag=True, help="The same type for every matrix, output and embeddings too.")
+@click.option("--strict", is_flag=True, help="Fail where a tensor's rows do not fit the type.")
+@click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
+@click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
+@click.option("--dry-run", is_flag=True, help="Print the exact size and every type, write nothing.")
+@common
+def command(
+    source: str,
+    to: str,
+    output: Path | None,
+    tag: str | None,
+    force: bool,
+    tensor_types: tuple[str, ...],
+    pure: bool,
+    strict: bool,
+    split_bytes: int | None,
+    pre: str | None,
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize SOURCE (safetensors or GGUF) without calibration.
+
+    One pass: no full-precision file in between. Norms and biases stay F32.
+    """
+    from weightsmith import jobs
+    from weightsmith.cli.produce import produce
+    from weightsmith.errors import UsageError
+    from weightsmith.types import Recipe
+
+    target = jobs.Target.parse(to)
+    if target.type is None:
+        raise UsageError("quantize needs a type", hint="For instance --to gguf:Q4_0.")
+    options = jobs.Options(
+        pre=pre,
+        split_bytes=split_bytes,
+        threads=threads,
+        overwrite=force,
+        strict=strict,
+        recipe=Recipe(pure=pure, overrides=tuple(jobs.parse_override(text) for text in tensor_types)),
+    )
+    produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

@@ -1,0 +1,138 @@
+"""`weightsmith show`: what a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import click
+
+from weightsmith.cli.options import common, source_argument
+from weightsmith.cli.output import count_text, emit, fields, size_text, table
+from weightsmith.errors import WeightsmithError
+from weightsmith.types import Reader
+
+
+@click.command("show")
+@source_argument()
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--metadata", is_flag=True, help="List every metadata key.")
+@common
+def command(source: str, tensors: bool, metadata: bool, as_json: bool) -> None:
+    """Show what SOURCE holds: model, types, sizes, bits per weight, lineage.
+
+    Reads headers only, works on any readable file, in the catalog or not.
+    """
+    from weightsmith import formats
+    from weightsmith.catalog import Catalog
+
+    catalog = Catalog()
+    located = catalog.locate(source)
+    reader = formats.open_reader(located.path)
+    try:
+        result = describe(reader, tensors=tensors, metadata=metadata)
+    finally:
+        reader.close()
+    if located.entry is not None:
+        result["catalog"] = {
+            "ref": located.entry.ref,
+            "digest": located.entry.digest,
+            "origin": located.entry.origin,
+            "lineage": [entry.ref for entry in catalog.lineage(located.entry.ref)],
+        }
+    emit(result, _text(result), as_json=as_json)
+
+
+def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]:
+    """Everything `show` knows about an open checkpoint, as plain values."""
+    infos = list(reader.native_infos().values())
+    nbytes, weights = sum(info.nbytes for info in infos), sum(info.n_weights for info in infos)
+    result: dict[str, Any] = {
+        "path": str(reader.path),
+        "container": reader.container,
+        "files": len(reader.files()),
+        "tensors": len(infos),
+        "parameters": weights,
+        "tensor_bytes": nbytes,
+        "file_bytes": sum(file.stat().st_size for file in reader.files()),
+        "bpw": round(8 * nbytes / max(1, weights), 4),
+        "types": _types(infos),
+        "model": _model(reader),
+    }
+    if tensors:
+        result["tensor_list"] = [
+            {"name": info.name, "shape": list(info.shape), "type": info.codec, "bytes": info.nbytes} for info in infos
+        ]
+    if metadata:
+        result["metadata"] = {key: _short(value) for key, value in reader.metadata().items()}
+    return result
+
+
+def _types(infos: list[Any]) -> dict[str, dict[str, int]]:
+    count, nbytes, weights = Counter[str](), Counter[str](), Counter[str]()
+    for info in infos:
+        count[info.codec] += 1
+        nbytes[info.codec] += info.nbytes
+        weights[info.codec] += info.n_weights
+    return {name: {"tensors": count[name], "weights": weights[name], "bytes": nbytes[name]} for name in sorted(count)}
+
+
+def _model(reader: Reader) -> dict[str, Any]:
+    """The configuration, or why there is none: `show` also serves files of families that cannot be converted."""
+    try:
+        config = reader.config
+    except WeightsmithError as error:
+        return {"unsupported": error.message}
+    names = ("family", "name", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim")
+    names += ("vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "sliding_window", "dtype")
+    model = {name: getattr(config, name) for name in names}
+    if config.rope_scaling is not None:
+        model["rope_scaling"] = f"{config.rope_scaling.kind}, factor {config.rope_scaling.factor:g}"
+    return model
+
+
+def _short(value: Any) -> Any:
+    """Long arrays and texts cut, so that a vocabulary does not flood the terminal."""
+    if isinstance(value, str) and len(value) > 200:
+        return value[:200] + f"... ({len(value)} characters)"
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+        return (
+            list(value)
+            if len(value) <= 8
+            else f"[{', '.join(repr(v) for v in list(value[:4]))}, ... {len(value)} values]"
+        )
+    return value
+
+
+def _text(result: dict[str, Any]) -> str:
+    model = result["model"]
+    head = {
+        "path": result["path"],
+        "container": f"{result['container']}, {result['files']} file(s), {size_text(result['file_bytes'])}",
+        "parameters": f"{count_text(result['parameters'])} in {result['tensors']} tensors",
+        "bits per weight": f"{result['bpw']:.3f}",
+    }
+    blocks = [fields(head | {name.replace("_", " "): value for name, value in model.items()})]
+    if "catalog" in result:
+        known = result["catalog"]
+        origin = ", ".join(f"{key} {value}" for key, value in known["origin"].items() if value is not None)
+        blocks.append(
+            fields(
+                {
+                    "catalog": known["ref"],
+                    "digest": known["digest"],
+                    "origin": origin,
+                    "lineage": " <- ".join(known["lineage"]),
+                }
+            )
+        )
+    rows = [
+        (name, n["tensors"], count_text(n["weights"]), size_text(n["bytes"])) for name, n in result["types"].items()
+    ]
+    blocks.append(table(rows, ["type", "tensors", "weights", "bytes"]))
+    if "tensor_list" in result:
+        rows = [(t["name"], "x".join(map(str, t["shape"])), t["type"], t["bytes"]) for t in result["tensor_list"]]
+        blocks.append(table(rows, ["tensor", "shape", "type", "bytes"]))
+    if "metadata" in result:
+        blocks.append(fields({key: repr(value) for key, value in result["metadata"].items()}))
+    return "\n\n".join(blocks)

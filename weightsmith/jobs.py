@@ -1,0 +1,162 @@
+"""Conversions as units of work: a checkpoint, a target, an output path; plain values in, a report out.
+
+This is the one place that wires containers, recipes and codecs together. The command line and later the jobs of
+registry.yaml call it; it knows nothing of the catalog.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from weightsmith import formats
+from weightsmith.errors import UnsupportedError, UsageError
+from weightsmith.transcode import transcode
+from weightsmith.types import Plan, Reader, Recipe, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to make: a container and, unless everything keeps its precision, a type of it."""
+
+    container: str
+    type: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, default_type: str | None = None) -> Target:
+        """Read "gguf", "gguf:Q8_0", "safetensors:BF16"; UsageError names what is known."""
+        name, _, kind = text.partition(":")
+        known = formats.containers()
+        if name not in known:
+            raise UsageError(f"unknown target {name!r}", hint=f"Known targets: {', '.join(known)}.")
+        kind = kind.upper()
+        if kind and kind not in known[name].TYPES:
+            raise UsageError(f"{name} has no type {kind!r}", hint=f"Known types: {', '.join(known[name].TYPES)}.")
+        return cls(name, kind or default_type)
+
+    def __str__(self) -> str:
+        return f"{self.container}:{self.type}" if self.type else self.container
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to make it. Defaults are the recipe's own.
+
+    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. overwrite: replace the
+    output. strict: a tensor whose rows do not fit the type is an error. recipe: its type is the target's.
+    """
+
+    pre: str | None = None
+    split_bytes: int | None = None
+    threads: int | None = None
+    overwrite: bool = False
+    strict: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def record(self) -> dict[str, Any]:
+        """The options that change what is made (not where or how fast), as plain values; defaults are left out."""
+        kept = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": self.recipe.pure}
+        kept["overrides"] = [list(pair) for pair in self.recipe.overrides]
+        return {name: value for name, value in kept.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan."""
+
+    path: Path
+    target: str
+    tensors: Sequence[TensorInfo]
+    fallbacks: Sequence[tuple[str, str, str]]
+    seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(info.nbytes for info in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """All stored bits over all weights."""
+        return 8 * self.nbytes / max(1, sum(info.n_weights for info in self.tensors))
+
+    @property
+    def main_type(self) -> str:
+        """The codec of most weights."""
+        weights: Counter[str] = Counter()
+        for info in self.tensors:
+            weights[info.codec] += info.n_weights
+        return weights.most_common(1)[0][0]
+
+    @property
+    def types(self) -> dict[str, int]:
+        """Tensors per codec, most first."""
+        return dict(Counter(info.codec for info in self.tensors).most_common())
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """Read PATTERN=TYPE; the last "=" divides, because a pattern may hold one."""
+    pattern, _, codec = text.rpartition("=")
+    if not pattern or not codec:
+        raise UsageError(f"{text!r} is no PATTERN=TYPE", hint="For instance --tensor-type attn_v=Q8_0.")
+    return pattern, codec.upper()
+
+
+def plan(source: Path, target: Target, options: Options) -> Report:
+    """Say what `convert` would make: exact sizes, every type; reads headers only."""
+    reader = formats.open_reader(source)
+    try:
+        planned = _planned(reader, target, options)
+        return Report(source, str(target), planned.tensors, planned.fallbacks)
+    finally:
+        reader.close()
+
+
+def convert(source: Path, target: Target, output: Path, options: Options) -> Report:
+    """Make `target` from the checkpoint at `source` under `output`; nothing is visible there until it is complete.
+
+    Raises whatever the containers and codecs raise, UnsupportedError for a fallback under `strict`.
+    """
+    begun = time.monotonic()
+    container = formats.containers()[target.container]
+    reader = formats.open_reader(source)
+    try:
+        planned = _planned(reader, target, options)
+        vocab = reader.vocab(options.pre)
+        writer = container.create(
+            output,
+            reader.config,
+            planned.tensors,
+            vocab,
+            source=reader,
+            overwrite=options.overwrite,
+            split_bytes=options.split_bytes,
+        )
+        try:
+            transcode(reader, writer, title=output.name, threads=options.threads)
+            path = writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+    finally:
+        reader.close()
+    return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun)
+
+
+def _planned(reader: Reader, target: Target, options: Options) -> Plan:
+    recipe = replace(options.recipe, type=target.type)
+    planned: Plan = formats.containers()[target.container].plan(reader, recipe)
+    if planned.fallbacks and options.strict:
+        name, wanted, got = planned.fallbacks[0]
+        raise UnsupportedError(
+            f"its rows are no multiple of {wanted}'s block; {got} would be taken, as for "
+            f"{len(planned.fallbacks)} tensors in all",
+            path=reader.path,
+            tensor=name,
+            hint="Leave --strict out to accept that, or choose another type.",
+        )
+    return planned
