@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,10 +61,12 @@ def contestants(source: Path, work: Path) -> dict[str, object]:
         "plain copy": lambda: fresh([sys.executable, "-c", COPY, str(source), str(target)]),
         "weightsmith convert": lambda: fresh([tool, "convert", str(source), "--to", "gguf:F16", "-o", str(target)]),
     }
-    converter = Path(os.environ.get("WEIGHTSMITH_LLAMA_CPP", "build/assets/llama.cpp")) / "convert_hf_to_gguf.py"
-    if converter.exists() and shutil.which(sys.executable):
-        command = [sys.executable, str(converter), str(source), "--outtype", "f16", "--outfile", str(target)]
-        found["convert_hf_to_gguf"] = lambda: fresh(command)
+    tree = Path(os.environ.get("WEIGHTSMITH_LLAMA_CPP", "build/assets/llama.cpp"))
+    if (tree / "convert_hf_to_gguf.py").exists():
+        script = str(Path(__file__).parent / "llama_cpp_convert.py")
+        peer = [sys.executable, script, str(tree), "llama-bpe", str(source)]
+        peer += ["--outtype", "f16", "--outfile", str(target)]
+        found["convert_hf_to_gguf"] = lambda: fresh(peer)
     return found
 
 

@@ -6,7 +6,12 @@ A container is found by listing this folder: any subpackage that has `sniff`. Ea
 - `sniff(path) -> bool`: cheap, by content (a file's magic, a folder's files), never by suffix alone;
 - `open_reader(path) -> Reader`;
 - `plan(reader, recipe) -> Plan`: which canonical tensor gets which codec;
-- `create(path, config, infos, vocab, *, source, overwrite, split_bytes) -> Writer`.
+- `create(path, config, infos, vocab, *, source, overwrite, split_bytes, file_type, notes, keep) -> Writer`: `source`
+  passes on what only its own container has, `file_type` is the plan's, `notes` say where the result comes from, `keep`
+  takes over what an unfinished run of the same work left.
+
+One that is only read (a vendor's original form) has no `TYPES`, `plan` and `create`. One whose weights may be pickled
+says `PICKLED = True`, and its `open_reader` takes `allow_pickle`.
 """
 
 from __future__ import annotations
@@ -36,17 +41,24 @@ def containers() -> dict[str, ModuleType]:
     return found
 
 
-def open_reader(path: Path) -> Reader:
+def targets() -> dict[str, ModuleType]:
+    """The containers that can be written, by name."""
+    return {name: package for name, package in containers().items() if hasattr(package, "create")}
+
+
+def open_reader(path: Path, *, allow_pickle: bool = False) -> Reader:
     """Open whatever checkpoint lies at `path` (a file or a folder).
 
+    allow_pickle: the user asked for pickled weights to be read; nothing in them is run even then.
     Raises NotFoundError (nothing there), UnsupportedError (no container known), IntegrityError or UnsafeInputError
-    (the container's header is damaged or hostile).
+    (the container's header is damaged or hostile, or the weights are pickled and that was not allowed).
     """
     if not path.exists():
         raise NotFoundError("no such file or folder", path=path)
     for container in containers().values():
         if container.sniff(path):
-            reader: Reader = container.open_reader(path)
+            pickled = getattr(container, "PICKLED", False)
+            reader: Reader = container.open_reader(path, **({"allow_pickle": allow_pickle} if pickled else {}))
             return reader
     raise UnsupportedError(
         "not a checkpoint that can be read",

@@ -101,8 +101,8 @@ def kernel(signature: Any) -> Callable[[Callable[..., Any]], Lazy]:
 
 
 def inner(function: F) -> F:
-    """Decorate a scalar function that kernels call; LLVM inlines it."""
-    return cast(F, njit(**_OPTIONS)(function))
+    """Decorate a function that only kernels call, and that LLVM may inline: without the wrappers Python would need."""
+    return cast(F, njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function))
 
 
 def _bitcast(source: Any, target: Any) -> Any:

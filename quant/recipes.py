@@ -20,7 +20,8 @@ the tensor's canonical or GGUF name. It cannot reach tensors that stay F32, and 
 llama-quantize it is never ignored: patterns count for F16 too, and output_type reaches a tied embedding under `pure`.
 
 Ref: llama.cpp src/llama-quant.cpp (llama_tensor_get_type_impl, tensor_allows_quantization, tensor_type_fallback,
-tensor_requires_imatrix), except the rules for its arch "falcon"; ids: include/llama.h, enum llama_ftype.
+tensor_requires_imatrix), except what it does for the archs "falcon" and "glm5-next" alone; ids: include/llama.h,
+enum llama_ftype.
 """
 
 from __future__ import annotations
@@ -228,13 +229,14 @@ def assign(
                 f"{codec!r} cannot be written, but was asked for", hint=f"Writable: {', '.join(codecs.writable())}."
             )
     chosen = choose(shapes, recipe, tied=tied, traits=traits, aliases=aliases)
+    missing = {got.codec: name for name, got in reversed(chosen.items()) if got.codec not in codecs.writable()}
+    if missing:
+        raise UnsupportedError(
+            f"{recipe.type} needs {' and '.join(sorted(missing))}, which cannot be written",
+            tensor=missing[min(missing)],
+            hint=f"Writable: {', '.join(codecs.writable())}.",
+        )
     for name, got in chosen.items():
-        if got.codec not in codecs.writable():
-            raise UnsupportedError(
-                f"{recipe.type} stores it as {got.codec}, which cannot be written",
-                tensor=name,
-                hint=f"Writable: {', '.join(codecs.writable())}.",
-            )
         blind = recipe.type == "Q2_K_S" and got.codec == "Q2_K" and not recipe.imatrix
         if blind and _role(name) not in (_OUTPUT, _EMBEDDING):
             raise UsageError(

@@ -108,19 +108,21 @@ def _write_at(handle: int, offset: int, data: bytes | memoryview) -> None:
 class AtomicFile:
     """A file of known size written at offsets under its `.part` name; `commit` renames it into place.
 
+    keep: a part of the same size that an earlier run left is taken over with what it holds, not emptied.
     Raises OutputExistsError (already there, or another process is writing it) and ResourceError (disk).
     """
 
-    def __init__(self, path: Path, size: int, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, size: int, *, overwrite: bool = False, keep: bool = False) -> None:
         refuse_existing(path, overwrite=overwrite)
         self.path, self.size, self.overwrite = path, size, overwrite
         self.part = part_path(path)
         self.handle = _open_locked(path, os.O_RDWR | os.O_CREAT)
         try:
             refuse_existing(path, overwrite=overwrite)  # again: its writer may have finished meanwhile
-            with disk_errors(path):
-                os.ftruncate(self.handle, 0)
-            need_space(path, size)
+            if not (keep and os.fstat(self.handle).st_size == size):
+                with disk_errors(path):
+                    os.ftruncate(self.handle, 0)
+            need_space(path, size - 512 * os.fstat(self.handle).st_blocks)
             with disk_errors(path):
                 os.ftruncate(self.handle, size)
         except BaseException:
@@ -131,6 +133,17 @@ class AtomicFile:
         """Write all of `data` at byte `offset`; safe from several threads."""
         with disk_errors(self.path):
             _write_at(self.handle, offset, data)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """What lies at byte `offset`; fewer bytes at the end of the file. Safe from several threads."""
+        with disk_errors(self.path):
+            return os.pread(self.handle, nbytes, offset)
+
+    def suspend(self) -> None:
+        """Leave the part for a later run that opens it with `keep`; nothing happens after `commit` or `abort`."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
 
     def commit(self) -> Path:
         """Flush to disk and rename into place."""

@@ -6,17 +6,22 @@ registry.yaml call it; it knows nothing of the catalog.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith import formats
-from weightsmith.errors import UnsupportedError, UsageError
-from weightsmith.transcode import transcode
-from weightsmith.types import Plan, Reader, Recipe, TensorInfo
+from weightsmith._version import __version__
+from weightsmith.errors import InterruptedRunError, UnsupportedError, UsageError
+from weightsmith.journal import Journal
+from weightsmith.quant.blocks import BLOCKS
+from weightsmith.transcode import Work, transcode
+from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Target:
     def parse(cls, text: str, *, default_type: str | None = None) -> Target:
         """Read "gguf", "gguf:Q8_0", "safetensors:BF16"; UsageError names what is known."""
         name, _, kind = text.partition(":")
-        known = formats.containers()
+        known = formats.targets()
         if name not in known:
             raise UsageError(f"unknown target {name!r}", hint=f"Known targets: {', '.join(known)}.")
         kind = kind.upper()
@@ -46,15 +51,19 @@ class Target:
 class Options:
     """How to make it. Defaults are the recipe's own.
 
-    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. overwrite: replace the
-    output. strict: a tensor whose rows do not fit the type is an error. recipe: its type is the target's.
+    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most
+    bytes for tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for
+    the source, noted in the result. strict: a tensor whose rows do not fit the type is an error. recipe: its type is
+    the target's.
     """
 
     pre: str | None = None
     split_bytes: int | None = None
     threads: int | None = None
+    memory: int | None = None
     overwrite: bool = False
     strict: bool = False
+    source_digest: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     def record(self) -> dict[str, Any]:
@@ -62,6 +71,13 @@ class Options:
         kept = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": self.recipe.pure}
         kept["overrides"] = [list(pair) for pair in self.recipe.overrides]
         return {name: value for name, value in kept.items() if value}
+
+    def notes(self, target: Target) -> dict[str, str]:
+        """Where the result comes from, for the file itself: no paths, no times, so equal work gives equal bytes."""
+        found = {"tool": f"weightsmith {__version__}", "recipe": json.dumps({"target": str(target), **self.record()})}
+        if self.source_digest is not None:
+            found["source"] = f"sha256:{self.source_digest}"
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +135,9 @@ def plan(source: Path, target: Target, options: Options) -> Report:
 def convert(source: Path, target: Target, output: Path, options: Options) -> Report:
     """Make `target` from the checkpoint at `source` under `output`; nothing is visible there until it is complete.
 
-    Raises whatever the containers and codecs raise, UnsupportedError for a fallback under `strict`.
+    What takes long to make (blocks) is kept when the run is interrupted or killed, as `output`.part and a journal
+    beside it, and the same call goes on from there. Raises whatever the containers and codecs raise, UnsupportedError
+    for a fallback under `strict`.
     """
     begun = time.monotonic()
     container = formats.containers()[target.container]
@@ -127,24 +145,60 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     try:
         planned = _planned(reader, target, options)
         vocab = reader.vocab(options.pre)
-        writer = container.create(
-            output,
-            reader.config,
-            planned.tensors,
-            vocab,
-            source=reader,
-            overwrite=options.overwrite,
-            split_bytes=options.split_bytes,
-        )
+        notes = options.notes(target)
+        journal = _journal(output, planned, notes, reader, options)
         try:
-            transcode(reader, writer, title=output.name, threads=options.threads)
-            path = writer.close()
-        except BaseException:
-            writer.abort()
-            raise
+            writer = container.create(
+                output,
+                reader.config,
+                planned.tensors,
+                vocab,
+                source=reader,
+                overwrite=options.overwrite,
+                split_bytes=options.split_bytes,
+                file_type=planned.file_type,
+                notes=notes,
+                keep=journal is not None,
+            )
+            work = Work(options.threads, options.memory, journal)
+            path = _fill(reader, writer, work, title=output.name)
+        finally:
+            if journal is not None:
+                journal.close()
     finally:
         reader.close()
     return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun)
+
+
+def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
+    """Transcode and close; an interrupted run keeps what it has, a failed one leaves nothing."""
+    try:
+        transcode(reader, writer, title=title, work=work)
+        path = writer.close()
+    except KeyboardInterrupt:
+        if work.journal is None:
+            writer.abort()
+            raise
+        writer.suspend()
+        raise InterruptedRunError("interrupted", hint="What is finished is kept; the same command goes on.") from None
+    except BaseException:
+        writer.abort()
+        if work.journal is not None:
+            work.journal.remove()
+        raise
+    if work.journal is not None:
+        work.journal.remove()
+    return path
+
+
+def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:
+    """A journal where blocks are made; its fingerprint is all that decides their bytes and places."""
+    if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
+        return None
+    files = [(file.name, status.st_size, status.st_mtime_ns) for file in reader.files() if (status := file.stat())]
+    plan = [(info.name, list(info.shape), info.codec) for info in planned.tensors]
+    kept = {"notes": dict(notes), "source": files, "plan": plan, "options": options.record()}
+    return Journal(output, {"sha256": hashlib.sha256(json.dumps(kept).encode()).hexdigest()})
 
 
 def _planned(reader: Reader, target: Target, options: Options) -> Plan:

@@ -6,13 +6,17 @@ it is joined to. See also huggingface_hub#4086 and CVE-2024-37032 for what happe
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path, PurePosixPath
 
 from weightsmith.errors import UnsafeInputError
 
 MAX_BYTES = 1024
-_RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
+MAX_PART_BYTES = 255  # of one name between slashes, on every common file system
+_DIGITS = "123456789\u00b9\u00b2\u00b3"  # Windows reads superscript digits as digits here
+_RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+_RESERVED |= {f"{port}{digit}" for port in ("com", "lpt") for digit in _DIGITS}
 
 
 def check_name(name: object, *, path: Path | str | None = None) -> PurePosixPath:
@@ -37,6 +41,8 @@ def _fault(name: object) -> str | None:
     for part in name.split("/"):
         if part in ("", ".", ".."):
             return "it leaves its folder or has an empty part"
+        if len(part.encode("utf-8", "surrogatepass")) > MAX_PART_BYTES:
+            return f"a part is longer than {MAX_PART_BYTES} bytes"
         if part != part.strip() or part.endswith("."):
             return "a part begins or ends with a space, or ends with a dot"
         if part.split(".")[0].lower() in _RESERVED:
@@ -45,9 +51,12 @@ def _fault(name: object) -> str | None:
 
 
 def resolve_inside(folder: Path, name: object, *, source: Path | str | None = None) -> Path:
-    """Join a checked `name` to `folder`; raise UnsafeInputError if a symbolic link leads outside it."""
+    """Join a checked `name` to `folder`; raise UnsafeInputError if a symbolic link leads outside it or in a circle."""
     target = folder / check_name(name, path=source)
-    if not target.resolve().is_relative_to(_trusted_root(folder.resolve())):
+    real = Path(os.path.realpath(target))
+    if real.is_symlink():
+        raise UnsafeInputError(f"{name!r} is a link to itself", path=source or folder)
+    if not real.is_relative_to(_trusted_root(Path(os.path.realpath(folder)))):
         raise UnsafeInputError(f"{name!r} is a link that leaves its folder", path=source or folder)
     return target
 

@@ -13,10 +13,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.journal import Journal
 from weightsmith.progress import progress
+from weightsmith.quant.blocks import BLOCKS
 from weightsmith.types import Packed, Reader, TensorInfo, Writer
 
 SLAB_WEIGHTS = 2 * 1024 * 1024  # 8 MiB as float32
+_BYTES_PER_WEIGHT = 16  # of a slab under way: stored, as float32, what the search works on, packed
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit."""
+
+    threads: int | None = None
+    memory: int | None = None
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +40,38 @@ class Slab:
     start: int
     stop: int
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Its name in a journal."""
+        return self.target.name, self.start, self.stop
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether making it takes longer than checking that it is there: only encoding to blocks does."""
+        return self.source.codec != self.target.codec and BLOCKS[self.target.codec].weights > 1
+
 
 def default_threads() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def transcode(reader: Reader, writer: Writer, *, title: str, threads: int | None = None) -> None:
+def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None:
     """Fill `writer` with the tensors it planned; progress counts the bytes written.
 
-    Raises whatever reading, decoding or encoding raises, with the file and the tensor named; the writer is left to its
-    context manager.
+    Raises whatever reading, decoding or encoding raises, with the file and the tensor named; what becomes of the writer
+    is the caller's to say.
     """
-    threads = threads or default_threads()
+    threads = work.threads or default_threads()
     total = sum(info.nbytes for info in writer.order)
     with progress(title, total) as ticker, ThreadPoolExecutor(threads) as pool:
         running: set[Future[int]] = set()
         try:
-            for slab in _slabs(reader, writer):
+            for slab in _slabs(reader, writer, _slab_weights(work, threads)):
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
-                running.add(pool.submit(_move, reader, writer, slab))
+                running.add(pool.submit(_move, reader, writer, slab, work.journal))
             for future in running:
                 ticker.update(future.result())
         except BaseException:
@@ -58,18 +80,28 @@ def transcode(reader: Reader, writer: Writer, *, title: str, threads: int | None
             raise
 
 
-def _slabs(reader: Reader, writer: Writer) -> Iterator[Slab]:
+def _slab_weights(work: Work, threads: int) -> int:
+    """Weights per slab. Independent of the threads unless memory is short: a resumed run finds the same slabs."""
+    if work.memory is None:
+        return SLAB_WEIGHTS
+    return max(1, min(SLAB_WEIGHTS, work.memory // (2 * threads * _BYTES_PER_WEIGHT)))
+
+
+def _slabs(reader: Reader, writer: Writer, weights: int) -> Iterator[Slab]:
     sources = reader.infos()
     for target in writer.order:
         source = sources[target.name]
         unit = math.lcm(reader.row_unit(target.name), writer.row_unit(target))
-        step = max(1, SLAB_WEIGHTS // max(1, target.row_len) // unit) * unit
+        step = max(1, weights // max(1, target.row_len) // unit) * unit
         for start in range(0, target.n_rows, step):
             yield Slab(source, target, start, min(start + step, target.n_rows))
 
 
-def _move(reader: Reader, writer: Writer, slab: Slab) -> int:
+def _move(reader: Reader, writer: Writer, slab: Slab, journal: Journal | None) -> int:
     """Carry one slab; return the bytes written."""
+    known = journal.known.get(slab.key) if journal is not None else None
+    if known is not None and writer.holds(slab.target, slab.start, slab.stop, known):
+        return (slab.stop - slab.start) * slab.target.row_bytes
     rows = reader.rows(slab.source.name, slab.start, slab.stop)
     try:
         packed = recode(rows, slab.source, slab.target)
@@ -78,6 +110,8 @@ def _move(reader: Reader, writer: Writer, slab: Slab) -> int:
         error.path = error.path or slab.source.path
         raise
     writer.write(slab.target, slab.start, packed)
+    if journal is not None and slab.is_costly:
+        journal.add(slab.key, packed)
     return packed.nbytes
 
 

@@ -44,7 +44,8 @@ class Decoder:
         prefixes = [self.kind.LAYER.format(number) for number in range(self.config.n_layers)]
         return weights.stream(self.reader, prefixes, self.place)
 
-    def _step(self, length: int) -> int:
+    def step(self, length: int) -> int:
+        """Windows of `length` tokens that go through a layer at once."""
         fits: int = self.memory // 4 // self.kind.working_bytes(self.config, length)
         cap = STEP_TOKENS // length if self.place.device.type == "cpu" else fits
         return max(1, min(fits, cap))
@@ -59,7 +60,7 @@ class Decoder:
         length = tokens.shape[1]
         x = weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
         tables = self.kind.tables(self.config, length, self.place)
-        step = self._step(length)
+        step = self.step(length)
         layers = self.layers()
         for number in range(self.config.n_layers):
             layer = next(layers)  # not by enumerate or zip, which would keep a reference to it

@@ -37,6 +37,7 @@ from weightsmith.formats.gguf.metadata import Metadata
 from weightsmith.formats.gguf.pack import Key, array, f32, text, u32
 from weightsmith.formats.gguf.parse import F64, I32
 from weightsmith.formats.gguf.vocab import TOKENS, special_ids
+from weightsmith.quant import recipes
 from weightsmith.types import ModelConfig, RopeScaling, TensorInfo
 
 ARCHITECTURE, FILE_TYPE = "general.architecture", "general.file_type"

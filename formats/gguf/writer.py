@@ -10,7 +10,8 @@ all others are copied byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,15 +23,16 @@ from weightsmith.atomic import AtomicFile, need_space, refuse_existing
 from weightsmith.errors import IntegrityError, UnsupportedError, UsageError
 from weightsmith.formats import archs
 from weightsmith.formats.gguf import pack, rope_freqs, shards
-from weightsmith.formats.gguf.keys import ARCHITECTURE, FILE_TYPE, config_keys, is_owned
+from weightsmith.formats.gguf.keys import ARCHITECTURE, FILE_TYPE, FLOATS, config_keys, is_owned, main_codec
 from weightsmith.formats.gguf.parse import U32, padded
 from weightsmith.formats.gguf.reader import GgufReader
 from weightsmith.formats.gguf.vocab import OWNED, config_ids, vocab_keys
-from weightsmith.formats.rope_rows import interleave
+from weightsmith.formats.rope_rows import halve, interleave
 from weightsmith.quant.blocks import row_nbytes
 from weightsmith.quant.recipes import FILE_TYPES
 from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
 
+NOTES = "weightsmith.provenance."  # where a file comes from; a source's own notes are replaced by new ones
 TYPES = tuple(FILE_TYPES)
 
 
@@ -73,6 +75,21 @@ class GgufWriter:
             self._files[place.file].write(place.offset + start * size, np.ascontiguousarray(rows).data)
         place.arrived.append((start, start + len(rows)))
 
+    def holds(self, info: TensorInfo, start: int, stop: int, sha256: str) -> bool:
+        """True if an earlier run left rows [start, stop) here with that SHA-256; they then count as arrived."""
+        place = self._places[info.name]
+        size, unit = place.info.row_bytes, self.row_unit(place.info)
+        data = self._files[place.file].read(place.offset + start * size, (stop - start) * size)
+        if len(data) != (stop - start) * size or start % unit or stop % unit:
+            return False
+        rows = np.frombuffer(data, np.uint8).reshape(stop - start, size)
+        if unit > 1:
+            rows = halve(rows, unit)
+        if hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest() != sha256:
+            return False
+        place.arrived.append((start, stop))
+        return True
+
     def row_unit(self, info: TensorInfo) -> int:
         """The head_dim for query and key matrices, else 1."""
         place = self._places[info.name]
@@ -107,6 +124,13 @@ class GgufWriter:
             for file in self._files:
                 file.abort()
 
+    def suspend(self) -> None:
+        """Leave what was written for a later run that is created with `keep`; nothing happens after `close`."""
+        if self._open:
+            self._open = False
+            for file in self._files:
+                file.suspend()
+
     def __enter__(self) -> Self:
         return self
 
@@ -130,7 +154,7 @@ def _check_arrived(place: _Place, path: Path) -> None:
         raise IntegrityError(text, path=path, tensor=place.info.name)
 
 
-def create(
+def create(  # noqa: PLR0913  (every choice of a file, all by keyword)
     path: Path,
     config: ModelConfig,
     infos: Sequence[TensorInfo],
@@ -140,12 +164,15 @@ def create(
     overwrite: bool = False,
     split_bytes: int | None = None,
     file_type: int | None = None,
+    notes: Mapping[str, str] | None = None,
+    keep: bool = False,
 ) -> GgufWriter:
     """Begin a checkpoint at `path` with the canonical tensors `infos`; see `Writer`.
 
     `split_bytes` is the most a file may have; more gives NAME-00001-of-000NN.gguf. A tensor is never cut, so one that
     is larger has a file of its own. `source` passes on its metadata if it is GGUF. `file_type` is the plan's; without
-    one it is the source's if no tensor changes its codec, else that of the codec which most weights have.
+    one it is the source's if no tensor changes its codec, else that of the codec which most weights have. `notes` are
+    further string keys (where the file comes from). `keep` takes over what an unfinished run left (see `holds`).
 
     Raises UnsupportedError (a codec that GGUF has not, a vector that is not F32), IntegrityError (the plan is not the
     model's), OutputExistsError, ResourceError.
@@ -154,13 +181,13 @@ def create(
     extra = _rope_tensor(config, source)
     if extra is not None:
         native = {rope_freqs.NAME: extra[0], **native}
-    entries = _entries(config, list(native.values()), vocab, source, file_type=file_type)
+    entries = _entries(config, list(native.values()), vocab, source, file_type=file_type, notes=notes or {})
     groups = _groups(list(native.values()), entries, split_bytes)
     stem = shards.stem_of(path)
     names = [shards.part_name(stem, index, len(groups)) for index in range(len(groups))]
     paths = [path.with_name(name) for name in names] if len(groups) > 1 else [path]
     headers = _headers(groups, entries)
-    files = _open_files(paths, headers, groups, overwrite=overwrite)
+    files = _open_files(paths, headers, groups, overwrite=overwrite, keep=keep)
     try:
         places = {}
         family = archs.by_name(config.family)
@@ -224,37 +251,39 @@ def _entries(
     vocab: Vocab | None,
     source: Reader | None,
     *,
-    file_type: int | None = None,
+    file_type: int | None,
+    notes: Mapping[str, str],
 ) -> list[bytes]:
     """The metadata, packed: the source's order where it is GGUF, then whatever is new."""
     eos_id = config_ids(vocab, config)["eos_id"]
     if file_type is None:
         file_type = _same_file_type(native, source)
     keys = [*config_keys(config, native, eos_id, file_type=file_type), *vocab_keys(vocab, config)]
-    own = {key.name: key.pack() for key in keys}
+    own = {key.name: key.pack() for key in [*keys, *(pack.text(NOTES + name, notes[name]) for name in sorted(notes))]}
     packed = []
     if isinstance(source, GgufReader):
         metadata = source.metadata()
         arch = metadata.text(ARCHITECTURE) or ""
+        dropped = (*(["tokenizer."] if vocab is None else []), *([NOTES] if notes else []))
         for name in metadata:
             if name in own:
                 packed.append(own.pop(name))
-            elif name in OWNED or is_owned(name, arch) or (vocab is None and name.startswith("tokenizer.")):
-                continue
-            else:
+            elif not (name in OWNED or is_owned(name, arch) or name.startswith(dropped)):
                 packed.append(metadata.raw(name))
     return [*packed, *own.values()]
 
 
 def _same_file_type(native: list[TensorInfo], source: Reader | None) -> int | None:
-    """The file type that a GGUF source claims, if every tensor keeps its codec and the claim is a u32."""
+    """The quantized type that a GGUF source says it is, if every tensor keeps its codec; None if it cannot be."""
     if not isinstance(source, GgufReader):
         return None
     entry = source.metadata().header.entries.get(FILE_TYPE)
     was = {name: info.codec for name, info in source.native_infos().items()}
     if entry is None or entry.kind != U32 or any(was.get(info.name) != info.codec for info in native):
         return None
-    return source.metadata().integer(FILE_TYPE)
+    claim = source.metadata().integer(FILE_TYPE)
+    is_float = main_codec(native) in FLOATS or claim in [FILE_TYPES[name] for name in FLOATS]
+    return None if is_float else claim
 
 
 def _groups(native: list[TensorInfo], entries: list[bytes], split_bytes: int | None) -> list[list[TensorInfo]]:
@@ -300,7 +329,7 @@ def _headers(groups: list[list[TensorInfo]], entries: list[bytes]) -> list[bytes
 
 
 def _open_files(
-    paths: list[Path], headers: list[bytes], groups: list[list[TensorInfo]], *, overwrite: bool
+    paths: list[Path], headers: list[bytes], groups: list[list[TensorInfo]], *, overwrite: bool, keep: bool
 ) -> list[AtomicFile]:
     sizes = [
         len(header) + sum(padded(info.nbytes) for info in group) for header, group in zip(headers, groups, strict=True)
@@ -308,11 +337,12 @@ def _open_files(
     for path in paths:
         refuse_existing(path, overwrite=overwrite)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    need_space(paths[0].parent, sum(sizes))
+    if not keep:  # with what is kept, each file asks for what it lacks
+        need_space(paths[0].parent, sum(sizes))
     files: list[AtomicFile] = []
     try:
         for path, size in zip(paths, sizes, strict=True):
-            files.append(AtomicFile(path, size, overwrite=overwrite))
+            files.append(AtomicFile(path, size, overwrite=overwrite, keep=keep))
     except BaseException:
         for file in files:
             file.abort()

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,12 @@ def _check_cover(tensors: list[TensorInfo], base: int, size: int, path: Path) ->
         raise IntegrityError(f"{size - reached} bytes after the last tensor belong to none", path=path, hint=AGAIN)
 
 
-def lay_out(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def lay_out(
+    tensors: Iterable[TensorInfo], notes: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The start of a file that holds `tensors`: header bytes, and each tensor's absolute offset by name.
+
+    notes: further entries of `__metadata__`.
 
     Tensors keep their order, unless one would then start at no multiple of its item size, which readers that map the
     file cannot view: then the widest types come first. The JSON is padded with spaces, so that data starts at a
@@ -149,7 +153,7 @@ def lay_out(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, int]]:
     ordered = list(tensors)
     if not _aligned(ordered):
         ordered.sort(key=lambda info: -BLOCKS[info.codec].nbytes)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((notes or {}).items()))}}
     begins, end = {}, 0
     for info in ordered:
         begins[info.name], end = end, end + info.nbytes

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError
 from weightsmith.formats.safetensors.header import AGAIN, MAX_HEADER, Header
-from weightsmith.formats.safetensors.strictjson import inside, read_object
+from weightsmith.formats.safetensors.strictjson import read_object
+from weightsmith.safename import resolve_inside
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -53,12 +54,12 @@ def find_weights(path: Path) -> Weights:
     if not path.is_dir():
         return Weights(path.parent, [path])
     if (path / SINGLE_NAME).exists():
-        return Weights(path, [inside(path, SINGLE_NAME)])
+        return Weights(path, [resolve_inside(path, SINGLE_NAME)])
     if (path / INDEX_NAME).exists():
-        return _read_index(path, inside(path, INDEX_NAME))
+        return read_index(path, resolve_inside(path, INDEX_NAME))
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if len(found) == 1:
-        return Weights(path, [inside(path, found[0])])
+        return Weights(path, [resolve_inside(path, found[0])])
     if found:
         raise NotFoundError(
             f"{len(found)} weight files such as {found[0]!r}, but no {INDEX_NAME}", path=path, hint=AGAIN
@@ -66,7 +67,8 @@ def find_weights(path: Path) -> Weights:
     raise NotFoundError(f"neither {SINGLE_NAME} nor {INDEX_NAME}", path=path, hint=AGAIN)
 
 
-def _read_index(folder: Path, index: Path) -> Weights:
+def read_index(folder: Path, index: Path) -> Weights:
+    """Read the shard index at `index`; raises what `find_weights` does."""
     weight_map = read_object(index, limit=MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IntegrityError("no weight_map, expected tensor names and their files", path=index, hint=AGAIN)
@@ -75,7 +77,7 @@ def _read_index(folder: Path, index: Path) -> Weights:
     for tensor, name in weight_map.items():
         if isinstance(name, str) and name in names:
             continue
-        file = inside(folder, name, source=index)
+        file = resolve_inside(folder, name, source=index)
         if not name.endswith(".safetensors"):
             raise UnsafeInputError(f"names {name!r}, which is no safetensors file", path=index, tensor=tensor)
         if name.casefold() in folded:

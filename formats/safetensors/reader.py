@@ -16,7 +16,8 @@ from weightsmith.formats import archs
 from weightsmith.formats.safetensors.config import CONFIG_NAME, parse, read_raw
 from weightsmith.formats.safetensors.header import AGAIN, Header, read_header
 from weightsmith.formats.safetensors.index import find_weights, merge
-from weightsmith.formats.safetensors.strictjson import inside, open_regular
+from weightsmith.formats.safetensors.strictjson import open_regular
+from weightsmith.safename import resolve_inside
 from weightsmith.types import ModelConfig, Packed, TensorInfo, Vocab
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -58,7 +59,7 @@ class SafetensorsReader:
     def files(self) -> list[Path]:
         """Every file the checkpoint consists of: configuration, index, weights, tokenizer, licence."""
         folder = self._weights.folder
-        config = [inside(folder, CONFIG_NAME)] if (folder / CONFIG_NAME).is_file() else []
+        config = [resolve_inside(folder, CONFIG_NAME)] if (folder / CONFIG_NAME).is_file() else []
         index = [self._weights.index] if self._weights.index else []
         return [*config, *index, *self._weights.files, *self.companions()]
 
@@ -70,12 +71,12 @@ class SafetensorsReader:
         folder = self._weights.folder
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if _COMPANION.fullmatch(entry.name) and entry.is_file())
-        return [inside(folder, name) for name in names]
+        return [resolve_inside(folder, name) for name in names]
 
     def metadata(self) -> Mapping[str, Any]:
         """config.json as found, and the weights' own `__metadata__` under that key."""
         folder = self._weights.folder
-        raw = read_raw(inside(folder, CONFIG_NAME)) if (folder / CONFIG_NAME).exists() else {}
+        raw = read_raw(resolve_inside(folder, CONFIG_NAME)) if (folder / CONFIG_NAME).exists() else {}
         return {**raw, "__metadata__": dict(self._header.metadata)}
 
     def native_infos(self) -> Mapping[str, TensorInfo]:
@@ -86,7 +87,7 @@ class SafetensorsReader:
     def config(self) -> ModelConfig:
         """The model. UnsupportedError or IntegrityError as `config.parse` says; NotFoundError without config.json."""
         if self._config is None:
-            path = inside(self._weights.folder, CONFIG_NAME)
+            path = resolve_inside(self._weights.folder, CONFIG_NAME)
             config = parse(read_raw(path), path=path, dtype=self._main_dtype())
             # A head that is stored although it is said to be tied counts unless it is a plain copy.
             if config.tie_word_embeddings and HEAD in self._header.tensors and not self._head_is_copy():

@@ -15,18 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, WeightsmithError
-from weightsmith.safename import resolve_inside
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _CHUNK = 1 << 20
-
-
-def inside(folder: Path, name: object, *, source: Path | None = None) -> Path:
-    """Join a name from outside to `folder` (see safename.resolve_inside); links in a circle are unsafe too."""
-    try:
-        return resolve_inside(folder, name, source=source)
-    except RuntimeError as error:  # how pathlib reports a circle of links
-        raise UnsafeInputError(f"{name!r} is a link to itself", path=source or folder) from error
 
 
 def open_regular(path: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from weightsmith.safename import check_name
 from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
 
 TYPES = ("F32", "F16", "BF16")
+NOTES = "weightsmith.provenance."
 SPLIT_BYTES = 5_000_000_000  # as Hugging Face's tools do
 _COPY = 8 << 20
 
@@ -44,7 +45,7 @@ class _Place:
     arrived: NDArray[np.bool_]
 
 
-def create(
+def create(  # noqa: PLR0913  (every choice of a checkpoint, all by keyword)
     path: Path,
     config: ModelConfig,
     infos: Iterable[TensorInfo],
@@ -53,13 +54,18 @@ def create(
     source: Reader | None = None,
     overwrite: bool = False,
     split_bytes: int | None = None,
+    file_type: int | None = None,
+    notes: Mapping[str, str] | None = None,
+    keep: bool = False,
 ) -> SafetensorsWriter:
     """Begin to write the folder `path` with planned canonical tensors (codecs of TYPES).
 
     The tokenizer's files are those of `source` byte for byte if that is a safetensors checkpoint, else made from
-    `vocab`. `split_bytes`: data bytes of a shard, 5 GB unless given. Raises OutputExistsError, ResourceError (disk),
-    UnsupportedError (a codec that safetensors has not), IntegrityError (tensors that are not the family's).
+    `vocab`. `split_bytes`: data bytes of a shard, 5 GB unless given. `notes` go into every shard's `__metadata__`.
+    `file_type` and `keep` are other containers' and change nothing here. Raises OutputExistsError, ResourceError
+    (disk), UnsupportedError (a codec that safetensors has not), IntegrityError (tensors that are not the family's).
     """
+    del file_type, keep
     order = [_checked(info) for info in infos]
     _check_complete(order, config)
     _refuse_foreign(path, overwrite=overwrite)
@@ -68,7 +74,9 @@ def create(
     for info in order:
         sizes[info.codec] += info.nbytes
     extras[CONFIG_NAME] = dump(config, dtype=max(sizes, key=lambda codec: sizes[codec]))
-    return SafetensorsWriter(path, order, extras, overwrite=overwrite, split_bytes=split_bytes or SPLIT_BYTES)
+    own = {NOTES + name: value for name, value in (notes or {}).items()}
+    splitting = split_bytes or SPLIT_BYTES
+    return SafetensorsWriter(path, order, extras, overwrite=overwrite, split_bytes=splitting, notes=own)
 
 
 def _checked(info: TensorInfo) -> TensorInfo:
@@ -118,24 +126,27 @@ class SafetensorsWriter:
         *,
         overwrite: bool,
         split_bytes: int,
+        notes: Mapping[str, str],
     ) -> None:
         self.path, self.order = path, order
         self._places: dict[str, _Place] = {}
         self._lock = threading.Lock()
         self._folder = AtomicFolder(path, overwrite=overwrite)
         try:
-            self._begin(_shards(order, split_bytes), extras)
+            self._begin(_shards(order, split_bytes), extras, notes)
         except BaseException:
             self.abort()
             raise
 
-    def _begin(self, shards: list[list[TensorInfo]], extras: dict[str, bytes | Path]) -> None:
+    def _begin(
+        self, shards: list[list[TensorInfo]], extras: dict[str, bytes | Path], notes: Mapping[str, str]
+    ) -> None:
         """Write everything but the rows."""
         total = sum(info.nbytes for info in self.order)
         need_space(self.path, total + sum(_size(extra) for extra in extras.values()))
         for number, shard in enumerate(shards, 1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            start, offsets = lay_out(shard)
+            start, offsets = lay_out(shard, notes)
             self._folder.create(name, len(start) + sum(info.nbytes for info in shard))
             self._folder.write(name, 0, start)
             for info in shard:
@@ -201,9 +212,18 @@ class SafetensorsWriter:
             self.abort()
             raise
 
+    def holds(self, info: TensorInfo, start: int, stop: int, sha256: str) -> bool:
+        """Always False: a folder is begun anew. Nothing here takes longer to write than to read back."""
+        del info, start, stop, sha256
+        return False
+
     def abort(self) -> None:
         """Remove what was written."""
         self._folder.abort()
+
+    def suspend(self) -> None:
+        """As `abort`."""
+        self.abort()
 
     def __enter__(self) -> Self:
         return self

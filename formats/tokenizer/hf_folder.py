@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import IntegrityError, UnsupportedError
-from weightsmith.formats.tokenizer import patterns, sentencepiece_model, verify
+from weightsmith.formats.tokenizer import patterns, sentencepiece_model, tekken, tiktoken, verify
 from weightsmith.formats.tokenizer.hf_json_model import Parsed, parse
 from weightsmith.formats.tokenizer.pieces import (
     BYTE,
@@ -32,7 +32,7 @@ from weightsmith.types import ModelConfig, Vocab
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 1 << 24
-SPM_NAMES = ("tokenizer.model", *(f"tokenizer.model.v{version}" for version in (7, 3, 2, 1)))
+SPM_NAMES = ("tokenizer.model", *(f"tokenizer.model.v{version}" for version in ("7", "7m1", "3", "2", "1")))
 
 
 def from_folder(folder: Path, config: ModelConfig, *, pre: str | None = None) -> Vocab | None:
@@ -47,6 +47,10 @@ def from_folder(folder: Path, config: ModelConfig, *, pre: str | None = None) ->
         raise IntegrityError(f"vocab_size is {config.vocab_size}, expected at most {MAX_TOKENS}", path=folder)
     json_path = optional(folder, "tokenizer.json")
     model_path = next((path for name in SPM_NAMES if (path := optional(folder, name))), None)
+    if json_path is None and (tekken_path := optional(folder, "tekken.json")):
+        return tekken.from_file(tekken_path, config, pre=pre)
+    if json_path is None and model_path is not None and tiktoken.is_ranks(model_path):
+        return tiktoken.from_file(model_path, config, pre=pre)
     if json_path is None and model_path is None:
         _refuse_others(folder)
         return None
@@ -78,7 +82,7 @@ def _read_model(path: Path, *, spare: bool) -> sentencepiece_model.Model | None:
 
 def _refuse_others(folder: Path) -> None:
     """Say so if the folder has a tokenizer, but of a form that is not read."""
-    for name in ("tekken.json", "vocab.json", "merges.txt", "tokenizer.tok.json"):
+    for name in ("vocab.json", "merges.txt", "tokenizer.tok.json"):
         if (folder / name).is_file():
             raise UnsupportedError(
                 f"the only tokenizer here is {name}",

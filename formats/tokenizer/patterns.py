@@ -229,7 +229,7 @@ def _split(step: Mapping[str, Any]) -> str:
     pattern = step.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
     # Cutting around matches and keeping everything, or keeping only the matches of what matches everything.
-    plain = (step.get("behavior"), bool(step.get("invert"))) in {("Isolated", False), ("Removed", True)}
+    plain = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
     return regex if isinstance(regex, str) and plain else "<Split>"
 
 

@@ -112,8 +112,8 @@ class Settings:
                 raise IntegrityError("not UTF-8", path=path) from error
         value = self.config.get("chat_template")
         if isinstance(value, list):
-            named = {item.get("name"): item.get("template") for item in value if isinstance(item, Mapping)}
-            value = named.get("default")
+            defaults = [item for item in value if isinstance(item, Mapping) and item.get("name") == "default"]
+            value = defaults[0].get("template") if defaults else None
         if value is not None and not isinstance(value, str):
             raise IntegrityError(f"chat_template is a {type(value).__name__}, expected a string", path=self.path)
         return value

@@ -14,11 +14,14 @@ from functools import cache
 from types import ModuleType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.quant import finite, foreign
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
 from weightsmith.types import Packed, Rows
+
+SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
 
 
 @cache
@@ -33,16 +36,19 @@ def _module(codec: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{codec.lower()}")
 
 
-def encode(codec: str, rows: Rows) -> Packed:
+def encode(codec: str, rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
     """Pack float32 [rows, row_len] into uint8 [rows, row_bytes]; F32 shares memory with `rows`.
 
-    Raises UnsupportedError (a layout that cannot be written or does not divide the row, or a weight outside its range)
-    and IntegrityError (NaN or Inf). The caller knows the tensor and adds it to the error.
+    importance (float32 [row_len], an imatrix row) and effort ("fast", "normal", "best") guide the layouts in SEARCHED;
+    the others know one way only. Raises UsageError (no such effort), UnsupportedError (a layout that cannot be written
+    or does not divide the row, or a weight outside its range) and IntegrityError (NaN or Inf, importances that do not
+    fit). The caller knows the tensor and adds it to the error.
     """
     if codec not in writable():
         raise UnsupportedError(f"{codec} cannot be written", hint=f"Writable: {', '.join(writable())}.")
     row_nbytes(codec, rows.shape[1])
-    packed: Packed = _module(codec).encode(np.require(rows, np.float32, ["C", "A"]))
+    guide = {"importance": importance, "effort": effort} if codec in SEARCHED else {}
+    packed: Packed = _module(codec).encode(np.require(rows, np.float32, ["C", "A"]), **guide)
     return packed
 
 

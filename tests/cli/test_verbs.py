@@ -128,7 +128,7 @@ def test_rows_that_do_not_fit_are_told_and_refused_when_strict(
 ) -> None:
     odd = write_llama(tmp_path / "odd", intermediate_size=80)
     made = result(capsys, "quantize", str(odd), "--to", "gguf:Q4_0", "-o", str(tmp_path / "m.gguf"))
-    assert {(f["wanted"], f["got"]) for f in made["fallbacks"]} == {("Q4_0", "F16")}
+    assert {(f["wanted"], f["got"]) for f in made["fallbacks"]} == {("Q4_0", "F16"), ("Q6_K", "Q8_0")}
     strict = result(
         capsys, "quantize", str(odd), "--to", "gguf:Q4_0", "-o", str(tmp_path / "n.gguf"), "--strict", code=1
     )

@@ -15,6 +15,7 @@ from tests.tiny import LLAMA3_ROPE, write_llama
 from weightsmith.cli.app import run
 
 gguf = pytest.importorskip("gguf")
+ROOT = Path(__file__).parent.parent.parent
 
 # Keys that differ, each with its reason. Anything else must be equal.
 ONLY_THEIRS = {
@@ -38,16 +39,11 @@ ONLY_OURS = {
 }
 
 
-def theirs(tree: Path, folder: Path, outtype: str, out: Path) -> Path:
-    command = [
-        sys.executable,
-        str(tree / "convert_hf_to_gguf.py"),
-        str(folder),
-        "--outtype",
-        outtype,
-        "--outfile",
-        str(out),
-    ]
+def theirs(tree: Path, folder: Path, outtype: str, out: Path, *, pre: str | None = None) -> Path:
+    """Convert with llama.cpp's script; `pre` for a tokenizer whose fingerprint it does not know."""
+    script = [str(ROOT / "benchmarks" / "llama_cpp_convert.py"), str(tree), pre] if pre else []
+    command = [sys.executable, *(script or [str(tree / "convert_hf_to_gguf.py")]), str(folder)]
+    command += ["--outtype", outtype, "--outfile", str(out)]
     env = os.environ | {"PYTHONPATH": str(tree / "gguf-py")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -109,16 +105,4 @@ def test_tiny_checkpoints(dtype: str, changes: dict[str, Any], llama_cpp_tree: P
     folder = write_llama(tmp_path / "tiny", dtype=dtype, **changes)
     ours = tmp_path / "ours.gguf"
     assert run(["convert", str(folder), "--to", f"gguf:{dtype}", "-o", str(ours), "-q"]) == 0
-    code = (
-        "import sys; sys.argv = sys.argv[1:]\n"
-        "import conversion.base as base\n"
-        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'llama-bpe'\n"
-        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    peer = tmp_path / "theirs.gguf"
-    command = [sys.executable, "-c", code, str(llama_cpp_tree / "convert_hf_to_gguf.py"), str(folder)]
-    command += ["--outtype", dtype.lower(), "--outfile", str(peer)]
-    path = os.pathsep.join([str(llama_cpp_tree), str(llama_cpp_tree / "gguf-py")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    compare(ours, peer)
+    compare(ours, theirs(llama_cpp_tree, folder, dtype.lower(), tmp_path / "theirs.gguf", pre="llama-bpe"))

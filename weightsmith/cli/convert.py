@@ -16,6 +16,7 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
 @click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
+@click.option("--max-memory", type=Size(), help="Most memory for tensors under way, for instance 512MB.")
 @click.option("--dry-run", is_flag=True, help="Print sizes and types, write nothing.")
 @common
 def command(
@@ -27,6 +28,7 @@ def command(
     split_bytes: int | None,
     pre: str | None,
     threads: int | None,
+    max_memory: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -38,6 +40,6 @@ def command(
     from weightsmith import jobs
     from weightsmith.cli.produce import produce
 
-    options = jobs.Options(pre=pre, split_bytes=split_bytes, threads=threads, overwrite=force)
+    options = jobs.Options(pre=pre, split_bytes=split_bytes, threads=threads, memory=max_memory, overwrite=force)
     target = jobs.Target.parse(to)
     produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

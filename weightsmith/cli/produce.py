@@ -8,7 +8,8 @@ from typing import Any
 from weightsmith import jobs
 from weightsmith.catalog import Catalog, Located
 from weightsmith.cli.output import emit, fields, size_text, table
-from weightsmith.errors import OutputExistsError, UsageError
+from weightsmith.derive import derive
+from weightsmith.errors import UsageError
 
 
 def produce(
@@ -37,25 +38,8 @@ def produce(
             f"{source!r} is not in the catalog, so its result has no name there",
             hint="Pass -o OUTPUT, or pull it first: weightsmith pull " + source,
         )
-    report, entry = into_catalog(catalog, located, target, options, tag=tag)
+    report, entry = derive(catalog, located.entry, target, options, tag=tag or _tag(located, target, options))
     emit(_result(report) | {"ref": entry.ref, "path": str(entry.path)}, _text(report, entry.ref), as_json=as_json)
-
-
-def into_catalog(
-    catalog: Catalog, located: Located, target: jobs.Target, options: jobs.Options, *, tag: str | None
-) -> tuple[jobs.Report, Any]:
-    """Make `target` in a staging folder and move it into the catalog under the source's name."""
-    parent = located.entry
-    assert parent is not None
-    tag = tag or _tag(located, target, options)
-    if catalog.has(parent.name, tag) and not options.overwrite:
-        raise OutputExistsError(f"{parent.name}:{tag} is already in the catalog", hint="Pass --force or another --tag.")
-    with catalog.reserve(parent.name, tag) as reservation:
-        made = reservation.folder / (f"{parent.name}-{tag}" + (".gguf" if target.container == "gguf" else ""))
-        report = jobs.convert(located.path, target, made, options)
-        recipe = {"target": str(target)} | options.record()
-        entry = reservation.commit(parent=parent, recipe=recipe, overwrite=options.overwrite)
-    return report, entry
 
 
 def _tag(located: Located, target: jobs.Target, options: jobs.Options) -> str:

@@ -25,6 +25,7 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
 @click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
+@click.option("--max-memory", type=Size(), help="Most memory for tensors under way, for instance 512MB.")
 @click.option("--dry-run", is_flag=True, help="Print the exact size and every type, write nothing.")
 @common
 def command(
@@ -39,6 +40,7 @@ def command(
     split_bytes: int | None,
     pre: str | None,
     threads: int | None,
+    max_memory: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -58,6 +60,7 @@ def command(
         pre=pre,
         split_bytes=split_bytes,
         threads=threads,
+        memory=max_memory,
         overwrite=force,
         strict=strict,
         recipe=Recipe(pure=pure, overrides=tuple(jobs.parse_override(text) for text in tensor_types)),

@@ -68,7 +68,7 @@ def test_missing_shard_is_named_with_the_way_out(sharded: Path) -> None:
 
 def test_name_that_no_file_system_takes(sharded: Path) -> None:
     edit(sharded, lambda names: names.update({NORM: "x" * 300 + ".safetensors"}))
-    refused(sharded, NotFoundError, "xxx")
+    refused(sharded, UnsafeInputError, "xxx", "255 bytes")
 
 
 def test_truncated_shard_is_named(sharded: Path) -> None:

@@ -369,8 +369,10 @@ KILLED = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     from weightsmith.formats.safetensors import create, open_reader, plan
+    from weightsmith.types import Recipe
     source = open_reader(Path(sys.argv[1]))
-    writer = create(Path(sys.argv[2]), source.config, plan(source, Recipe()).tensors, None, source=source, split_bytes=60_000)
+    tensors = plan(source, Recipe()).tensors
+    writer = create(Path(sys.argv[2]), source.config, tensors, None, source=source, split_bytes=60_000)
     for info in writer.order[:9]:
         writer.write(info, 0, source.rows(info.name, 0, info.n_rows))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -58,7 +58,7 @@ def test_no_tokenizer_is_none(tmp_path: Path) -> None:
     assert from_folder(tmp_path, config(10)) is None
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "vocab.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_other_forms_are_named_and_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(UnsupportedError, match=name):
@@ -138,7 +138,7 @@ def test_the_template_decides_what_is_added(bpe: Path) -> None:
 
 
 def test_chat_templates(bpe: Path) -> None:
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d\r\n"}]
+    named = [7, {"name": ["x"]}, {"name": "tool_use", "template": "t"}, {"name": "default", "template": "d\r\n"}]
     change(bpe, "tokenizer_config.json", chat_template=named)
     assert read(bpe, 420).chat_template == "d\r\n"
     (bpe / "chat_template.jinja").write_bytes("é\r\n".encode())

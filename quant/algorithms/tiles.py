@@ -1,0 +1,85 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-subclassing-any
+"""Sixteen blocks of a tensor as a tile [element, lane], scaled by powers of two to a common size.
+
+Every block is multiplied by the power of two that brings its largest weight into [1, 2). That is exact, so a search
+sees the same numbers for a row of 1e-30 and one of 1e+30 and squares neither underflow nor overflow. Half precision is
+rounded at the true size (`stored`): small models have scales below 2**-14, where half has few bits left, and the search
+must see what the file will hold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsmith.quant.algorithms.lanes import LANES, load, store
+from weightsmith.quant.kernels import bits_of, float_of, half_bits, half_value, inner
+
+TOO_LARGE = np.int32(0x7C00)  # what a kernel returns for weights that are no numbers, or out of reach
+
+
+def reach_bits(largest: float) -> np.int32:
+    """Bits of the largest magnitude that `largest` times a half-precision scale can stand for."""
+    return np.float32(65504.0 * largest).view(np.int32)
+
+
+@inner
+def fill(rows, first, importance, tiles, units):
+    """Bring blocks first..first+15 of rows (float32 [n_blocks, width]) into tiles[0] and their weights into tiles[1].
+
+    importance: float32 [period, width]; block b has importance[b % period]. tiles: float32 [2, width, 16].
+    units: float32 [2, 16], the blocks' powers of two and their inverses. Lanes past the end become zero blocks.
+    Returns the bits of the largest magnitude; those of Inf and NaN are larger than any number's.
+    """
+    worst = np.int32(0)
+    width = rows.shape[1]
+    for lane in range(LANES):
+        b = first + lane
+        top = np.int32(0)
+        if b >= rows.shape[0]:
+            for e in range(width):
+                tiles[0, e, lane] = np.float32(0.0)
+                tiles[1, e, lane] = np.float32(1.0)
+        else:
+            for e in range(width):
+                top = max(top, np.int32(bits_of(rows[b, e]) & np.int32(0x7FFFFFFF)))
+        worst = max(worst, top)
+        exponent = min(max(np.int32(top >> np.int32(23)), np.int32(1)), np.int32(253))
+        if top == np.int32(0):
+            exponent = np.int32(127)
+        units[0, lane] = float_of(np.int32(exponent << np.int32(23)))
+        units[1, lane] = float_of(np.int32(np.int32(np.int32(254) - exponent) << np.int32(23)))
+        if b < rows.shape[0]:
+            period = b % importance.shape[0]
+            shrink = units[1, lane]
+            for e in range(width):
+                tiles[0, e, lane] = rows[b, e] * shrink
+                tiles[1, e, lane] = importance[period, e]
+    return worst
+
+
+@inner
+def stored(v, units, scratch):
+    """What remains of a scale in every lane once it is stored in half precision at its block's true size.
+
+    A scale that would round to zero becomes the smallest half instead: with smaller integers it may still serve.
+    """
+    store(scratch, 0, v)
+    for lane in range(LANES):
+        true = scratch[0, lane] * units[0, lane]
+        half = half_bits(true)
+        if true != np.float32(0.0) and (half & np.int32(0x7FFF)) == np.int32(0):
+            half = np.int32(half | np.int32(1))
+        scratch[0, lane] = half_value(half) * units[1, lane]
+    return load(scratch, 0)
+
+
+@inner
+def halves(v, units, out):
+    """Half-precision bits of a scale in every lane at true size, into out (int32 [16]); the largest magnitude."""
+    scratch = np.empty((1, LANES), np.float32)
+    store(scratch, 0, v)
+    worst = np.int32(0)
+    for lane in range(LANES):
+        out[lane] = half_bits(scratch[0, lane] * units[0, lane])
+        worst = max(worst, np.int32(out[lane] & np.int32(0x7FFF)))
+    return worst

@@ -1,0 +1,100 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Q3_K: 256 weights share a half-precision d; each 16 of them have a 6-bit s, a weight a code q of three bits.
+
+    110 bytes: 32 bytes of high bits | 64 bytes of low bits | 12 bytes of s | d (f16)        w = d * (s - 32) * (q - 4)
+
+Weight j of 32-weight run i has its high bit in bit i of byte j. Of each 32 bytes of low bits, byte j holds weights j,
+j + 32, j + 64 and j + 96, lowest bits first. The 12 bytes: 0-7 hold the low four bits of s of sub-blocks 0-7 (low
+nibble) and 8-15 (high), byte 8 + i the upper two bits of sub-blocks i, i + 4, i + 8 and i + 12, lowest bits first.
+
+How d, s and q are chosen: `quant.algorithms.symmetric`. Ref: ggml-quants.c, dequantize_row_q3_K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsmith.quant.algorithms import symmetric, weighted
+from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.levels import signed_codes
+from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
+from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
+from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.types import Packed, Rows
+
+ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
+_SHAPE = (16, 16, np.float32(4.0), np.float32(3.0), np.float32(32.0), np.float32(1.25), np.float32(2.0))
+_REACH = reach_bits(32.0 * 3.0)
+_TENTH = np.float32(0.1)
+
+
+@kernel(weighted.SEARCH)
+def _encode(x, importance, out, effort, guided):
+    tile = np.empty((2, 256, LANES), np.float32)
+    units = np.empty((2, LANES), np.float32)
+    state = np.empty((N_STATE, 16, LANES), np.float32)
+    codes = np.empty((256, LANES), np.uint8)
+    half = np.empty(LANES, np.int32)
+    manner = (1 if guided else 0, 9, _TENTH, np.float32(-1.0), 1)
+    worst = np.int32(0)
+    for first in range(0, x.shape[0], LANES):
+        if fill(x, first, importance, tile, units) > _REACH:
+            return TOO_LARGE
+        d = search(tile, units, state, _SHAPE, None, effort, manner)
+        signed_codes(tile, state[LS], d, codes, np.float32(4.0))
+        worst = max(worst, halves(d, units, half))
+        for lane in range(min(LANES, x.shape[0] - first)):
+            row = out[first + lane]
+            for j in range(32):
+                high = np.int32(0)
+                for i in range(8):
+                    high |= (np.int32(codes[32 * i + j, lane]) >> 2) << i
+                row[j] = high
+            for j in range(64):
+                e = 128 * (j // 32) + j % 32
+                low = codes[e, lane] & 3 | (codes[e + 32, lane] & 3) << 2
+                row[32 + j] = low | (codes[e + 64, lane] & 3) << 4 | (codes[e + 96, lane] & 3) << 6
+            for k in range(8):
+                first_s, second_s = np.int32(state[LS, k, lane]) + 32, np.int32(state[LS, k + 8, lane]) + 32
+                row[96 + k] = (first_s & 15) | (second_s & 15) << 4
+            for i in range(4):
+                high = np.int32(0)
+                for part in range(4):
+                    high |= ((np.int32(state[LS, 4 * part + i, lane]) + 32) >> 4) << (2 * part)
+                row[104 + i] = high
+            row[108] = half[lane] & 0xFF
+            row[109] = half[lane] >> 8
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):
+    for b in range(packed.shape[0]):
+        row = packed[b]
+        d = half_value(np.int32(row[108] | np.int32(row[109]) << 8))
+        for k in range(16):
+            nibble = np.int32((np.int32(row[96 + k % 8]) >> np.int32(4 * (k // 8))) & np.int32(15))
+            above = np.int32((np.int32(row[104 + k % 4]) >> np.int32(2 * (k // 4))) & np.int32(3))
+            s = np.int32(np.int32(nibble | np.int32(above << np.int32(4))) - np.int32(32))
+            scale = np.float32(d * np.float32(s))
+            low = 32 + 32 * (k // 8) + 16 * (k % 2)
+            shift, run = np.int32(2 * (k % 8 // 2)), np.int32(k // 2)
+            for j in range(16):
+                q = np.int32((np.int32(row[low + j]) >> shift) & np.int32(3))
+                high = np.int32((np.int32(row[16 * (k % 2) + j]) >> run) & np.int32(1))
+                q = np.int32(np.int32(q | np.int32(high << np.int32(2))) - np.int32(4))
+                out[b, 16 * k + j] = np.float32(scale * np.float32(q))
+
+
+def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast, normal or best.
+
+    Raises IntegrityError for NaN or Inf, UnsupportedError if d leaves F16's range.
+    """
+    return weighted.encode("Q3_K", _encode, rows, importance=importance, effort=effort)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q3_K", _decode, packed, row_len)

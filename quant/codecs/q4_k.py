@@ -1,0 +1,80 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Q4_K: 256 weights share half-precision d and dmin; each 32 of them have 6-bit integers s and m, a weight a code q.
+
+    144 bytes: d (f16) | dmin (f16) | 12 bytes of s and m | 128 bytes of nibbles        w = d * s * q - dmin * m
+
+The 12 bytes: 0-3 hold s of sub-blocks 0-3 in their low six bits, 4-7 likewise m; 8-11 hold the low four bits of s and m
+of sub-blocks 4-7 (low nibble s), whose upper two bits sit on top of bytes 0-3 (s) and 4-7 (m). Of each 32 bytes of
+nibbles the low ones are one sub-block and the high ones the next.
+
+How d, dmin, s, m and q are chosen: `quant.algorithms.asymmetric`. Ref: ggml-quants.c, dequantize_row_q4_K and
+get_scale_min_k4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsmith.quant.algorithms import asymmetric, weighted
+from weightsmith.quant.algorithms.asymmetric import LM, LS, N_STATE, search
+from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.sixbit import read_pair, write_pairs
+from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
+from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.types import Packed, Rows
+
+ARITHMETIC_VERSION = asymmetric.ARITHMETIC_VERSION
+_SHAPE = (8, 32, np.float32(15.0), np.float32(63.0), np.float32(1.8), 21, np.float32(-1.0))
+_REACH = reach_bits(63.0)
+
+
+@kernel(weighted.SEARCH)
+def _encode(x, importance, out, effort, guided):
+    tile = np.empty((2, 256, LANES), np.float32)
+    units = np.empty((2, LANES), np.float32)
+    state = np.empty((N_STATE, 8, LANES), np.float32)
+    codes = np.empty((256, LANES), np.uint8)
+    half = np.empty((2, LANES), np.int32)
+    worst = np.int32(0)
+    for first in range(0, x.shape[0], LANES):
+        if fill(x, first, importance, tile, units) > _REACH:
+            return TOO_LARGE
+        d, dmin = search(tile, units, state, codes, _SHAPE, effort, guided)
+        worst = max(worst, halves(d, units, half[0]), halves(dmin, units, half[1]))
+        for lane in range(min(LANES, x.shape[0] - first)):
+            row = out[first + lane]
+            write_pairs(row, half[0, lane], half[1, lane], state[LS], state[LM], lane)
+            for j in range(128):
+                e = 64 * (j // 32) + j % 32
+                row[16 + j] = codes[e, lane] | np.uint8(codes[e + 32, lane] << np.uint8(4))
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):
+    for b in range(packed.shape[0]):
+        row = packed[b]
+        d = half_value(np.int32(row[0] | np.int32(row[1]) << 8))
+        dmin = half_value(np.int32(row[2] | np.int32(row[3]) << 8))
+        for k in range(8):
+            s, m = read_pair(row, k)
+            scale = np.float32(d * np.float32(s))
+            offset = np.float32(dmin * np.float32(m))
+            shift = np.int32(4 * (k % 2))
+            for j in range(32):
+                q = np.int32((np.int32(row[16 + 32 * (k // 2) + j]) >> shift) & np.int32(15))
+                out[b, 32 * k + j] = np.float32(np.float32(scale * np.float32(q)) - offset)
+
+
+def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast, normal or best.
+
+    Raises IntegrityError for NaN or Inf, UnsupportedError if d or dmin leaves F16's range.
+    """
+    return weighted.encode("Q4_K", _encode, rows, importance=importance, effort=effort)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q4_K", _decode, packed, row_len)

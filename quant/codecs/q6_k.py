@@ -1,0 +1,91 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Q6_K: 256 weights share a half-precision d; each 16 of them have a signed byte s, a weight a code q of six bits.
+
+    210 bytes: 128 bytes of low nibbles | 64 bytes of high bits | 16 signed bytes s | d (f16)      w = d * s * (q - 32)
+
+Per 128 weights 64 bytes of nibbles and 32 of high bits: byte j (0..31) of the nibbles holds weights j and j + 64, byte
+j + 32 weights j + 32 and j + 96 (low nibble first); byte j of the high bits holds the upper two bits of weights j,
+j + 32, j + 64 and j + 96, lowest bits first.
+
+How d, s and q are chosen: `quant.algorithms.symmetric`. Ref: ggml-quants.c, dequantize_row_q6_K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsmith.quant.algorithms import symmetric, weighted
+from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.levels import signed_codes
+from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
+from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
+from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.types import Packed, Rows
+
+ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
+_SHAPE = (16, 16, np.float32(32.0), np.float32(31.0), np.float32(128.0), np.float32(6.0), np.float32(1.5))
+_REACH = reach_bits(128.0 * 31.0)
+_TENTH = np.float32(0.1)
+
+
+@kernel(weighted.SEARCH)
+def _encode(x, importance, out, effort, guided):
+    tile = np.empty((2, 256, LANES), np.float32)
+    units = np.empty((2, LANES), np.float32)
+    state = np.empty((N_STATE, 16, LANES), np.float32)
+    codes = np.empty((256, LANES), np.uint8)
+    half = np.empty(LANES, np.int32)
+    manner = (2 if guided else 0, 9, _TENTH, np.float32(-1.0), 0)
+    worst = np.int32(0)
+    for first in range(0, x.shape[0], LANES):
+        if fill(x, first, importance, tile, units) > _REACH:
+            return TOO_LARGE
+        d = search(tile, units, state, _SHAPE, None, effort, manner)
+        signed_codes(tile, state[LS], d, codes, np.float32(32.0))
+        worst = max(worst, halves(d, units, half))
+        for lane in range(min(LANES, x.shape[0] - first)):
+            row = out[first + lane]
+            for j in range(64):
+                e = 128 * (j // 32) + j % 32
+                a, b, c, f = codes[e, lane], codes[e + 32, lane], codes[e + 64, lane], codes[e + 96, lane]
+                low = 64 * (j // 32) + j % 32
+                row[low] = (a & 15) | (c & 15) << 4
+                row[low + 32] = (b & 15) | (f & 15) << 4
+                row[128 + j] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (f >> 4) << 6
+            for k in range(16):
+                row[192 + k] = np.int32(state[LS, k, lane]) & 0xFF
+            row[208] = half[lane] & 0xFF
+            row[209] = half[lane] >> 8
+    return worst
+
+
+@kernel(DECODE)
+def _decode(packed, out):
+    for b in range(packed.shape[0]):
+        row = packed[b]
+        d = half_value(np.int32(row[208] | np.int32(row[209]) << 8))
+        for k in range(16):
+            scale = np.float32(d * np.float32(np.int8(row[192 + k])))
+            part = k % 8 // 2
+            low = 64 * (k // 8) + 32 * (part % 2) + 16 * (k % 2)
+            high = 128 + 32 * (k // 8) + 16 * (k % 2)
+            shift, shift_high = np.int32(4 * (part // 2)), np.int32(2 * part)
+            for j in range(16):
+                nibble = np.int32((np.int32(row[low + j]) >> shift) & np.int32(15))
+                above = np.int32((np.int32(row[high + j]) >> shift_high) & np.int32(3))
+                q = np.int32(np.int32(nibble | np.int32(above << np.int32(4))) - np.int32(32))
+                out[b, 16 * k + j] = np.float32(scale * np.float32(q))
+
+
+def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast, normal or best.
+
+    Raises IntegrityError for NaN or Inf, UnsupportedError if d leaves F16's range.
+    """
+    return weighted.encode("Q6_K", _encode, rows, importance=importance, effort=effort)
+
+
+def decode(packed: Packed, row_len: int) -> Rows:
+    """Unpack to float32 [rows, row_len]."""
+    return decode_blocks("Q6_K", _decode, packed, row_len)
