@@ -44,6 +44,7 @@ def derive(
             for path in folder.iterdir():
                 os.replace(path, reservation.folder / path.name)
             recipe = {"target": str(target)} | options.record()
+            recipe |= {key: report.notes[key] for key in ("imatrix", "arithmetic") if key in report.notes}
             entry = reservation.commit(parent=parent, recipe=recipe, overwrite=options.overwrite)
     finally:
         with contextlib.suppress(OSError):  # not empty: a part that the next run goes on with

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from weightsmith import formats
 from weightsmith._version import __version__
-from weightsmith.errors import InterruptedRunError, UnsupportedError, UsageError
+from weightsmith.errors import IntegrityError, InterruptedRunError, UnsupportedError, UsageError
+from weightsmith.formats import archs, imatrix
+from weightsmith.formats.imatrix import Imatrix
 from weightsmith.journal import Journal
+from weightsmith.quant import ARITHMETIC_VERSION
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.transcode import Work, transcode
 from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +60,10 @@ class Target:
 class Options:
     """How to make it. Defaults are the recipe's own.
 
-    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most
-    bytes for tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for
-    the source, noted in the result. strict: a tensor whose rows do not fit the type is an error. recipe: its type is
-    the target's.
+    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most bytes for
+    tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for the source,
+    noted in the result. imatrix: file of importances to quantize by. effort: how hard to search. strict: a tensor whose
+    rows do not fit the type is an error. recipe: its type is the target's.
     """
 
     pre: str | None = None
@@ -64,31 +73,43 @@ class Options:
     overwrite: bool = False
     strict: bool = False
     source_digest: str | None = None
+    imatrix: Path | None = None
+    effort: str = "normal"
     recipe: Recipe = field(default_factory=Recipe)
 
     def record(self) -> dict[str, Any]:
         """The options that change what is made (not where or how fast), as plain values; defaults are left out."""
-        kept = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": self.recipe.pure}
-        kept["overrides"] = [list(pair) for pair in self.recipe.overrides]
+        recipe = self.recipe
+        kept: dict[str, Any] = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": recipe.pure}
+        kept |= {"output_type": recipe.output_type, "embedding_type": recipe.embedding_type}
+        kept |= {"overrides": [list(pair) for pair in recipe.overrides]}
+        kept |= {"effort": self.effort if self.effort != "normal" else None}
         return {name: value for name, value in kept.items() if value}
 
-    def notes(self, target: Target) -> dict[str, str]:
+    def notes(self, target: Target, imatrix: Imatrix | None) -> dict[str, str]:
         """Where the result comes from, for the file itself: no paths, no times, so equal work gives equal bytes."""
         found = {"tool": f"weightsmith {__version__}", "recipe": json.dumps({"target": str(target), **self.record()})}
         if self.source_digest is not None:
             found["source"] = f"sha256:{self.source_digest}"
+        found["arithmetic"] = str(ARITHMETIC_VERSION)
+        if imatrix is not None:
+            found["imatrix"] = f"sha256:{imatrix.digest()}"
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan."""
+    """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan.
+
+    notes: where it comes from, as the file itself says it.
+    """
 
     path: Path
     target: str
     tensors: Sequence[TensorInfo]
     fallbacks: Sequence[tuple[str, str, str]]
     seconds: float = 0.0
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -143,9 +164,11 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     container = formats.containers()[target.container]
     reader = formats.open_reader(source)
     try:
+        matrix = imatrix.read(options.imatrix) if options.imatrix is not None else None
         planned = _planned(reader, target, options)
         vocab = reader.vocab(options.pre)
-        notes = options.notes(target)
+        notes = options.notes(target, matrix)
+        importances = _importances(matrix, reader, planned) if matrix is not None else {}
         journal = _journal(output, planned, notes, reader, options)
         try:
             writer = container.create(
@@ -160,14 +183,14 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
                 notes=notes,
                 keep=journal is not None,
             )
-            work = Work(options.threads, options.memory, journal)
+            work = Work(options.threads, options.memory, journal, importances, options.effort)
             path = _fill(reader, writer, work, title=output.name)
         finally:
             if journal is not None:
                 journal.close()
     finally:
         reader.close()
-    return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun)
+    return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun, notes)
 
 
 def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
@@ -191,6 +214,25 @@ def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
     return path
 
 
+def _importances(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, NDArray[np.float32]]:
+    """Importance of every input channel, by canonical name; a tensor that was not measured has none."""
+    family = archs.by_name(reader.config.family)
+    found, missing = {}, []
+    for info in planned.tensors:
+        if BLOCKS[info.codec].weights == 1:
+            continue
+        name = family.gguf_name(info.name)
+        if name in matrix.entries:
+            found[info.name] = matrix.importance(name, info.row_len)
+        else:
+            missing.append(name)
+    if not found:
+        raise IntegrityError("the imatrix has none of this model's tensors", path=reader.path)
+    if missing:
+        log.info("not in the imatrix, so quantized without: %s", ", ".join(missing))
+    return found
+
+
 def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:
     """A journal where blocks are made; its fingerprint is all that decides their bytes and places."""
     if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
@@ -202,7 +244,7 @@ def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Read
 
 
 def _planned(reader: Reader, target: Target, options: Options) -> Plan:
-    recipe = replace(options.recipe, type=target.type)
+    recipe = replace(options.recipe, type=target.type, imatrix=options.imatrix is not None)
     planned: Plan = formats.containers()[target.container].plan(reader, recipe)
     if planned.fallbacks and options.strict:
         name, wanted, got = planned.fallbacks[0]

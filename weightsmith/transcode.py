@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from weightsmith.errors import WeightsmithError
 from weightsmith.journal import Journal
@@ -24,11 +27,16 @@ _BYTES_PER_WEIGHT = 16  # of a slab under way: stored, as float32, what the sear
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit."""
+    """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit.
+
+    importances: float32 [in] by canonical tensor name, for the codecs that search; effort: fast, normal or best.
+    """
 
     threads: int | None = None
     memory: int | None = None
     journal: Journal | None = None
+    importances: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    effort: str = "normal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
-                running.add(pool.submit(_move, reader, writer, slab, work.journal))
+                running.add(pool.submit(_move, reader, writer, slab, work))
             for future in running:
                 ticker.update(future.result())
         except BaseException:
@@ -97,14 +105,15 @@ def _slabs(reader: Reader, writer: Writer, weights: int) -> Iterator[Slab]:
             yield Slab(source, target, start, min(start + step, target.n_rows))
 
 
-def _move(reader: Reader, writer: Writer, slab: Slab, journal: Journal | None) -> int:
+def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     """Carry one slab; return the bytes written."""
+    journal = work.journal
     known = journal.known.get(slab.key) if journal is not None else None
     if known is not None and writer.holds(slab.target, slab.start, slab.stop, known):
         return (slab.stop - slab.start) * slab.target.row_bytes
     rows = reader.rows(slab.source.name, slab.start, slab.stop)
     try:
-        packed = recode(rows, slab.source, slab.target)
+        packed = recode(rows, slab, work)
     except WeightsmithError as error:
         error.tensor = error.tensor or slab.source.name
         error.path = error.path or slab.source.path
@@ -115,11 +124,13 @@ def _move(reader: Reader, writer: Writer, slab: Slab, journal: Journal | None) -
     return packed.nbytes
 
 
-def recode(rows: Packed, source: TensorInfo, target: TensorInfo) -> Packed:
-    """Stored rows of `source`'s codec as rows of `target`'s; equal codecs pass through after a check for NaN."""
+def recode(rows: Packed, slab: Slab, work: Work) -> Packed:
+    """Stored rows of the source's codec as rows of the target's; equal codecs pass through after a check for NaN."""
+    source, target = slab.source, slab.target
     from weightsmith.quant import codecs  # noqa: PLC0415  (numba is imported by what computes)
 
     if source.codec == target.codec:
         codecs.check_finite(source.codec, rows)
         return rows
-    return codecs.encode(target.codec, codecs.decode(source.codec, rows, source.row_len))
+    values = codecs.decode(source.codec, rows, source.row_len)
+    return codecs.encode(target.codec, values, importance=work.importances.get(target.name), effort=work.effort)

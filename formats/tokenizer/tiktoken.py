@@ -58,7 +58,7 @@ def from_file(path: Path, config: ModelConfig, *, pre: str | None = None) -> Voc
     n = len(tokens)
     if n + SPECIAL_TOKENS != config.vocab_size:
         raise UnsupportedError(
-            f"{n} tiktoken ranks for a model of {config.vocab_size} tokens; Llama 3 has {SPECIAL_TOKENS} special tokens",
+            f"{n} tiktoken ranks for a model of {config.vocab_size}; Llama 3 has {SPECIAL_TOKENS} special tokens",
             path=path,
             hint="Use the Hugging Face form of the checkpoint: it has a tokenizer.json.",
         )

@@ -11,7 +11,7 @@ of each super-block in four steps:
 3. Rounds of `_walk` and `_refit`: each integer tries its neighbours and its negative with codes rounded anew, then d
    becomes the least squares for the codes, as half precision stores it, if that measures better.
 4. The choice that ggml makes (`reference`) is measured too and taken over where it is better, so that no block is
-   worse off. Not at effort `fast`, and for super-blocks only with an imatrix (without one ggml loses anyway).
+   worse off. Not at effort `fast`, and for Q3_K only with an imatrix (without one ggml loses to any search).
 
 Refs: ggml-quants.c, make_qx_quants (the fan of one sign); ik_llama.cpp PR 295 and 624 on the other sign and on
 neighbouring integers.

@@ -49,7 +49,8 @@ def run(code: str, cwd: Path = ROOT, **env: str) -> str:
     "work",
     [
         "import weightsmith.quant.blocks",
-        "import weightsmith.quant.recipes as r; r.assign({'a.weight': (32, 32)}, 'Q4_0', tied=False)",
+        "import weightsmith.quant.recipes as r; from weightsmith.types import Recipe; "
+        "r.assign({'a.weight': (32, 32)}, Recipe('Q4_0'), tied=False, traits=r.Traits(1))",
         "import weightsmith.quant.codecs as c; c.writable()",
         "import numpy, weightsmith.quant.codecs as c; c.check_finite('Q8_0', numpy.zeros((1, 34), numpy.uint8))",
         "import numpy, weightsmith.quant.codecs as c; c.decode('F32', c.encode('F32', numpy.ones((1, 3), 'f4')), 3)",

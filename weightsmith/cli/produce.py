@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,5 +73,11 @@ def _text(report: jobs.Report, title: str) -> str:
     }
     if not report.fallbacks:
         return fields(head)
-    note = "These rows are no multiple of the block, so another type was taken (--strict makes this an error):"
-    return "\n\n".join([fields(head), note, table(list(report.fallbacks), ["tensor", "wanted", "got"])])
+    note = "Rows that are no multiple of the block got another type (--strict makes this an error, --json lists all):"
+    return "\n\n".join([fields(head), note, table(_grouped(report.fallbacks), ["tensors", "count", "wanted", "got"])])
+
+
+def _grouped(fallbacks: Sequence[tuple[str, str, str]]) -> list[tuple[str, int, str, str]]:
+    """The same tensor of many layers as one line."""
+    counts = Counter((re.sub(r"\.\d+\.", ".*.", name), wanted, got) for name, wanted, got in fallbacks)
+    return [(name, count, wanted, got) for (name, wanted, got), count in counts.items()]

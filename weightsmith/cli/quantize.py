@@ -11,7 +11,7 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
 
 @click.command("quantize")
 @source_argument()
-@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q8_0, gguf:Q4_0, ...")
+@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gguf:IQ4_XS, ...")
 @output_options
 @click.option(
     "--tensor-type",
@@ -21,6 +21,20 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
     help="Type of matching tensors; first match wins.",
 )
 @click.option("--pure", is_flag=True, help="The same type for every matrix, output and embeddings too.")
+@click.option("--output-type", metavar="TYPE", help="Type of the output matrix.")
+@click.option("--embedding-type", metavar="TYPE", help="Type of the token embedding.")
+@click.option(
+    "--imatrix",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Importances of the input channels, from llama-imatrix or from here.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "normal", "best"]),
+    default="normal",
+    show_default=True,
+    help="How hard the k-quants and IQ4 search for scales.",
+)
 @click.option("--strict", is_flag=True, help="Fail where a tensor's rows do not fit the type.")
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
 @click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
@@ -36,6 +50,10 @@ def command(
     force: bool,
     tensor_types: tuple[str, ...],
     pure: bool,
+    output_type: str | None,
+    embedding_type: str | None,
+    imatrix: Path | None,
+    effort: str,
     strict: bool,
     split_bytes: int | None,
     pre: str | None,
@@ -44,7 +62,7 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Quantize SOURCE (safetensors or GGUF) without calibration.
+    """Quantize SOURCE (safetensors or GGUF), weight-only.
 
     One pass: no full-precision file in between. Norms and biases stay F32.
     """
@@ -63,6 +81,13 @@ def command(
         memory=max_memory,
         overwrite=force,
         strict=strict,
-        recipe=Recipe(pure=pure, overrides=tuple(jobs.parse_override(text) for text in tensor_types)),
+        imatrix=imatrix,
+        effort=effort,
+        recipe=Recipe(
+            pure=pure,
+            overrides=tuple(jobs.parse_override(text) for text in tensor_types),
+            output_type=output_type.upper() if output_type else None,
+            embedding_type=embedding_type.upper() if embedding_type else None,
+        ),
     )
     produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

@@ -291,8 +291,8 @@ def test_plan_for_a_type(kind: str, tmp_path: Path) -> None:
     """What recipes choose is tests/quant/test_recipes' business; here, that a plan can be written and says its type."""
     config = tiny_config(hidden_size=256, intermediate_size=256, head_dim=64)
     with container.open_reader(write_ours(tmp_path / "a.gguf", config)) as reader:
-        plan = container.plan(reader, Recipe(kind))
-        pinned = container.plan(reader, Recipe(kind, overrides=((r"blk\.1\.ffn_up", "F32"),)))
+        plan = container.plan(reader, Recipe(kind, imatrix=True))
+        pinned = container.plan(reader, Recipe(kind, imatrix=True, overrides=((r"blk\.1\.ffn_up", "F32"),)))
     chosen = {info.name: info for info in plan.tensors}
     assert plan.fallbacks == []
     assert {info.name: info.codec for info in pinned.tensors}["model.layers.1.mlp.up_proj.weight"] == "F32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ def encode(codec: str, x: np.ndarray, importance: np.ndarray | None = None, effo
 
 
 def ramp(n: int) -> np.ndarray:
-    """Rows [n, 512] by integer arithmetic alone, so that they are the same everywhere: a sum of four uniforms, cubed."""
+    """Rows [n, 512], each weight a sum of four uniforms, by integer arithmetic: the same everywhere."""
     index = np.arange(n * 512 * 4, dtype=np.uint64)
     mixed = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(44)  # 20 bits
     uniform = mixed.astype(np.int64).reshape(n, 512, 4).sum(2) - 2**21
@@ -67,7 +68,7 @@ def test_grouping_does_not_matter(codec: str) -> None:
     whole = encode(codec, x, weights)
     for cuts in ([1] * 13, [5, 8], [2, 3, 7, 1]):
         edges = np.cumsum([0, *cuts])
-        parts = [encode(codec, x[a:b], weights) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        parts = [encode(codec, x[a:b], weights) for a, b in itertools.pairwise(edges)]
         assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -91,14 +92,12 @@ def test_powers_of_two_change_only_the_scales(codec: str) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the targets named here are x86 ones")
 def test_processors_do_not_matter(tmp_path: Path) -> None:
     """Without vector extensions (SSE2 alone) and with AVX2 and FMA: the bytes of this version."""
-    chosen = ("Q4_K", "IQ4_XS")
-    runs = []
-    for name in ("generic", "haswell"):
-        cache = tmp_path / name
-        env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(cache)}
+    runs = {}
+    for name, chosen in (("generic", ("IQ4_XS",)), ("haswell", ("Q4_K",))):
+        env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / name)}
         command = [sys.executable, "-c", PROGRAM, *chosen]
-        runs.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True))
-    for run in runs:
+        runs[chosen] = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+    for chosen, run in runs.items():
         out, _ = run.communicate()
         assert run.returncode == 0
         assert json.loads(out) == {codec: DIGESTS[codec] for codec in chosen}

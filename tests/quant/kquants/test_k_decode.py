@@ -11,7 +11,15 @@ from tests.quant.kquants import ggml
 from weightsmith.quant import codecs
 from weightsmith.quant.blocks import BLOCKS
 
-HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
 
 
 @pytest.mark.parametrize("codec", ggml.CODECS)

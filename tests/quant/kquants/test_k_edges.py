@@ -167,4 +167,21 @@ def test_unknown_effort() -> None:
 
 @every_codec
 def test_no_rows(codec: str) -> None:
-    assert encode(codec, np.empty((0, 256), np.float32)).shape == (0, 256 // BLOCKS[codec].weights * BLOCKS[codec].nbytes)
+    assert encode(codec, np.empty((0, 256), np.float32)).shape == (
+        0,
+        256 // BLOCKS[codec].weights * BLOCKS[codec].nbytes,
+    )
+
+
+@every_codec
+def test_one_entrance_passes_the_guide_on(codec: str) -> None:
+    x, weights = ggml.rows("gauss", 2), ggml.importance()
+    found = codecs.encode(codec, x, importance=weights, effort="fast")
+    assert np.array_equal(found, encode(codec, x, weights, "fast"))
+    assert not np.array_equal(found, codecs.encode(codec, x))
+
+
+def test_searched_codecs_are_those_with_a_version() -> None:
+    modules = {name: importlib.import_module(f"weightsmith.quant.codecs.{name.lower()}") for name in codecs.writable()}
+    assert {name for name, module in modules.items() if hasattr(module, "ARITHMETIC_VERSION")} == codecs.SEARCHED
+    assert set(ggml.CODECS) == codecs.SEARCHED

@@ -47,7 +47,7 @@ def test_saves_error_without_an_imatrix(codec: str) -> None:
     theirs = ggml.block_errors(codec, x, ggml.quantize(codec, x, None), None)
     ours = ggml.block_errors(codec, x, encode(codec, x, None), None)
     assert 100 * (1 - ours.sum() / theirs.sum()) >= SAVINGS[codec][2]
-    assert np.count_nonzero(ours > theirs * (1 + 1e-5)) <= len(ours) // 100
+    assert np.count_nonzero(ours > theirs * (1 + 1e-5)) <= len(ours) // 500
     assert (ours / theirs).max() < 1.05
 
 
