@@ -19,7 +19,10 @@ LAYERS = (
     ("weightsmith.quant",),
     ("weightsmith.formats",),
     ("weightsmith.evals",),
-    tuple(f"weightsmith.{n}" for n in ("catalog", "store", "sources", "pull", "derive", "journal", "transcode", "jobs")),
+    (
+        *("weightsmith.catalog", "weightsmith.store", "weightsmith.sources", "weightsmith.pull", "weightsmith.derive"),
+        *("weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
+    ),
     ("weightsmith.cli", "weightsmith.__main__"),
 )
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)

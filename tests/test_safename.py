@@ -38,7 +38,8 @@ BAD: list[Any] = [
     "c:/a", "file:///a", "http://a/b", "a:b", "a::$DATA", "a*", "a?", 'a"', "<a", "a>", "a|b", "a\0", "\0", "a\n",
     "a\r", "a\tb", "a\x1b[31m", "a\x7f", "a\x85", "a\u200bb", "a\u202eb", "\ufeffa", "a\u2028", "a\u2029", "a\ud800",
     "e\u0301", "\u212b", "con", "CON", "con.txt", "aux", "AUX.tar.gz", "nul", "NUL.safetensors", "prn", "com1",
-    "COM9.x", "lpt1", "a/con/b", "a ", " a", "a/ b", "a /b", "a.", "a./b", "a...", "x" * (MAX_BYTES + 1), "x" * (MAX_PART_BYTES + 1), "com\u00b9", "CONIN$",
+    "COM9.x", "lpt1", "a/con/b", "a ", " a", "a/ b", "a /b", "a.", "a./b", "a...", "x" * (MAX_BYTES + 1),
+    "x" * (MAX_PART_BYTES + 1), "com\u00b9", "CONIN$",
     "é" * MAX_BYTES, None, 3, True, b"a", ["a"], {"a": 1}, Path("a"),
 ]  # fmt: skip
 

@@ -62,7 +62,8 @@ class Options:
 
     pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most bytes for
     tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for the source,
-    noted in the result. imatrix: file of importances to quantize by. effort: how hard to search. strict: a tensor whose
+    noted in the result. imatrix: file of importances to quantize by. effort: how hard to search. allow_pickle: read
+    pickled weights, without running anything in them. strict: a tensor whose
     rows do not fit the type is an error. recipe: its type is the target's.
     """
 
@@ -75,6 +76,7 @@ class Options:
     source_digest: str | None = None
     imatrix: Path | None = None
     effort: str = "normal"
+    allow_pickle: bool = False
     recipe: Recipe = field(default_factory=Recipe)
 
     def record(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def plan(source: Path, target: Target, options: Options) -> Report:
     """Say what `convert` would make: exact sizes, every type; reads headers only."""
-    reader = formats.open_reader(source)
+    reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         planned = _planned(reader, target, options)
         return Report(source, str(target), planned.tensors, planned.fallbacks)
@@ -162,7 +164,7 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     """
     begun = time.monotonic()
     container = formats.containers()[target.container]
-    reader = formats.open_reader(source)
+    reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         matrix = imatrix.read(options.imatrix) if options.imatrix is not None else None
         planned = _planned(reader, target, options)

@@ -139,9 +139,7 @@ def _check_cover(tensors: list[TensorInfo], base: int, size: int, path: Path) ->
         raise IntegrityError(f"{size - reached} bytes after the last tensor belong to none", path=path, hint=AGAIN)
 
 
-def lay_out(
-    tensors: Iterable[TensorInfo], notes: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
+def lay_out(tensors: Iterable[TensorInfo], notes: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """The start of a file that holds `tensors`: header bytes, and each tensor's absolute offset by name.
 
     notes: further entries of `__metadata__`.

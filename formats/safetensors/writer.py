@@ -138,9 +138,7 @@ class SafetensorsWriter:
             self.abort()
             raise
 
-    def _begin(
-        self, shards: list[list[TensorInfo]], extras: dict[str, bytes | Path], notes: Mapping[str, str]
-    ) -> None:
+    def _begin(self, shards: list[list[TensorInfo]], extras: dict[str, bytes | Path], notes: Mapping[str, str]) -> None:
         """Write everything but the rows."""
         total = sum(info.nbytes for info in self.order)
         need_space(self.path, total + sum(_size(extra) for extra in extras.values()))

@@ -18,7 +18,7 @@ from weightsmith.errors import IntegrityError
 from weightsmith.formats.tokenizer.alphabet import to_chars
 
 MAX_TOKEN = 4096  # bytes
-MAX_TOTAL = 64 << 20  # bytes of all tokens
+MAX_WORK = 200_000_000  # sum of squared lengths, which the time goes with; published vocabularies have some 10 million
 
 
 def merges_of(tokens: Sequence[bytes], *, path: Path) -> list[tuple[str, str]]:
@@ -29,8 +29,10 @@ def merges_of(tokens: Sequence[bytes], *, path: Path) -> list[tuple[str, str]]:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(tokens):
         raise IntegrityError("a token occurs twice", path=path)
-    if not all(0 < len(token) <= MAX_TOKEN for token in tokens) or sum(map(len, tokens)) > MAX_TOTAL:
+    if not all(0 < len(token) <= MAX_TOKEN for token in tokens):
         raise IntegrityError(f"a token is empty or longer than {MAX_TOKEN} bytes", path=path)
+    if sum(len(token) ** 2 for token in tokens) > MAX_WORK:
+        raise IntegrityError("the tokens are far longer than those of any vocabulary", path=path)
     absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if absent:
         raise IntegrityError(f"{len(absent)} bytes are no tokens, first {absent[0]}", path=path)

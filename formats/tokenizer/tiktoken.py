@@ -27,7 +27,7 @@ from weightsmith.types import ModelConfig, Vocab
 SPECIAL_TOKENS = 256
 PATTERN = "llama-bpe"
 _FIRST = re.compile(rb"[A-Za-z0-9+/]{1,400}={0,2} [0-9]{1,9}\r?\n")
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20  # four times the largest published one
 _BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"
 _NAMED = {0: _BEGIN, 1: _END, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
 _NAMED_SINCE_3_1 = {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}

@@ -2,7 +2,15 @@
 
 The importance of a column is the mean square of the activations that meet it (one imatrix row). Only ratios matter, so
 they are multiplied by a power of two that brings the largest into [1, 2), and none is left below 2**-20: a column that
-no calibration text ever lit must still hold its weights. Without an imatrix all columns count alike.
+no calibration text ever lit must still hold its weights.
+
+Without an imatrix all weights count alike, and with one nothing but the importances does: that is the expected squared
+error of the output, where ggml multiplies in a guess that favours large weights (`reference`). Measured on a model of
+135M parameters, all linear layers quantized to one type, by KL divergence from the original: ggml; this search for
+importance * sqrt(2 * mean(x * x) + x * x); this search as it is.
+
+    without imatrix   Q2_K 8.42 4.40 3.97   Q3_K 0.820 0.786 0.814   Q4_K .243 .228 .205   Q6_K .0154 .0136 .0129
+    with imatrix      Q2_K 1.25 1.16 1.06   Q3_K 0.499 0.464 0.437   Q4_K .087 .080 .082   Q6_K .0084 .0066 .0061
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import hashlib, platform, sys
 import numpy as np
 from tests.quant import oracle
 from weightsmith.quant import codecs
-for codec in codecs.writable():
+for codec in sorted(set(codecs.writable()) - codecs.SEARCHED):  # the others have tests of their own
     digest = hashlib.sha256()
     samples = [oracle.weights(kind, (128, 1024), 1) for kind in oracle.KINDS]
     samples += [oracle.edges(32 * 64, *form).reshape(-1, 1024) for form in ((8, 8.5), (16, 16.5), (15, 0.5), (31, 0.5))]
@@ -33,7 +33,7 @@ for codec in codecs.writable():
     asm = ""
     if hasattr(codecs._module(codec), "_encode"):
         asm = "".join(codecs._module(codec)._encode._compiled.inspect_asm().values())
-    print(codec, digest.hexdigest(), "wide" if "ymm" in asm or "zmm" in asm else "narrow", "vfmadd" in asm)
+    print(codec, digest.hexdigest(), "wide" if "%ymm" in asm or "%zmm" in asm else "narrow", "vfmadd" in asm)
 """
 
 
@@ -67,14 +67,14 @@ def test_same_bytes_on_a_generic_processor(tmp_path: Path) -> None:
     native = run(SCRIPT, NUMBA_CACHE_DIR=str(tmp_path / "native"))
     generic = run(SCRIPT, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path / "generic"))
     lines = generic.split("\n")[:-1]
-    assert len(lines) == len(codecs.writable())
+    assert len(lines) == len(set(codecs.writable()) - codecs.SEARCHED)
     assert [line.split()[:2] for line in lines] == [line.split()[:2] for line in native.split("\n")[:-1]]
     assert not any("wide" in line for line in lines)
     assert "True" not in native + generic, "a fused multiply-add was generated"
 
 
 def test_every_codec_file_offers_both_directions() -> None:
-    for codec in codecs.writable():
+    for codec in sorted(set(codecs.writable()) - codecs.SEARCHED):  # the others have tests of their own
         module = codecs._module(codec)
         assert callable(module.encode)
         assert callable(module.decode)

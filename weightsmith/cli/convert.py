@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from weightsmith.cli.options import Size, common, output_options, source_argument
+from weightsmith.cli.options import Size, common, output_options, pickle_option, source_argument
 
 
 @click.command("convert")
@@ -18,6 +18,7 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
 @click.option("--max-memory", type=Size(), help="Most memory for tensors under way, for instance 512MB.")
 @click.option("--dry-run", is_flag=True, help="Print sizes and types, write nothing.")
+@pickle_option
 @common
 def command(
     source: str,
@@ -30,6 +31,7 @@ def command(
     threads: int | None,
     max_memory: int | None,
     dry_run: bool,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Convert SOURCE to another container, with its configuration and tokenizer.
@@ -40,6 +42,13 @@ def command(
     from weightsmith import jobs
     from weightsmith.cli.produce import produce
 
-    options = jobs.Options(pre=pre, split_bytes=split_bytes, threads=threads, memory=max_memory, overwrite=force)
+    options = jobs.Options(
+        pre=pre,
+        split_bytes=split_bytes,
+        threads=threads,
+        memory=max_memory,
+        allow_pickle=allow_pickle,
+        overwrite=force,
+    )
     target = jobs.Target.parse(to)
     produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

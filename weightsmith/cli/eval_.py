@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from weightsmith.cli.options import common, evaluation_options, evaluation_text, source_argument, torch_device
+from weightsmith.cli.options import (
+    common,
+    evaluation_options,
+    evaluation_text,
+    pickle_option,
+    source_argument,
+    torch_device,
+)
 from weightsmith.cli.output import emit, fields
 
 
@@ -22,6 +29,7 @@ from weightsmith.cli.output import emit, fields
     show_default=True,
     help="Our decoder, layer by layer, or llama.cpp for GGUF.",
 )
+@pickle_option
 @common
 def command(
     source: str,
@@ -32,6 +40,7 @@ def command(
     threads: int | None,
     device: str,
     engine: str,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of SOURCE on a text.
@@ -51,7 +60,7 @@ def command(
         threads=threads,
         max_windows=windows,
     )
-    reader = formats.open_reader(Catalog().locate(source).path)
+    reader = formats.open_reader(Catalog().locate(source).path, allow_pickle=allow_pickle)
     begun = time.monotonic()
     try:
         measured = perplexity.measure(reader, evaluation_text(text), ruler)

@@ -75,6 +75,15 @@ def source_argument(name: str = "source") -> Callable[[F], F]:
     return click.argument(name, metavar=name.upper(), shell_complete=_complete)
 
 
+def pickle_option(function: F) -> F:
+    """--allow-pickle, for the verbs that read weights."""
+    return click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Read pickled weights (.pth). They are parsed, never executed, but think twice whom you trust.",
+    )(function)
+
+
 def output_options(function: F) -> F:
     """-o, --name, --tag, --force: where a result goes."""
     for option in (

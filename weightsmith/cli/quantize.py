@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from weightsmith.cli.options import Size, common, output_options, source_argument
+from weightsmith.cli.options import Size, common, output_options, pickle_option, source_argument
 
 
 @click.command("quantize")
@@ -41,6 +41,7 @@ from weightsmith.cli.options import Size, common, output_options, source_argumen
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
 @click.option("--max-memory", type=Size(), help="Most memory for tensors under way, for instance 512MB.")
 @click.option("--dry-run", is_flag=True, help="Print the exact size and every type, write nothing.")
+@pickle_option
 @common
 def command(
     source: str,
@@ -60,6 +61,7 @@ def command(
     threads: int | None,
     max_memory: int | None,
     dry_run: bool,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Quantize SOURCE (safetensors or GGUF), weight-only.
@@ -79,6 +81,7 @@ def command(
         split_bytes=split_bytes,
         threads=threads,
         memory=max_memory,
+        allow_pickle=allow_pickle,
         overwrite=force,
         strict=strict,
         imatrix=imatrix,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightsmith.cli.options import common, source_argument
+from weightsmith.cli.options import common, pickle_option, source_argument
 from weightsmith.cli.output import count_text, emit, fields, size_text, table
 from weightsmith.errors import WeightsmithError
 from weightsmith.types import Reader
@@ -17,8 +17,9 @@ from weightsmith.types import Reader
 @source_argument()
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--metadata", is_flag=True, help="List every metadata key.")
+@pickle_option
 @common
-def command(source: str, tensors: bool, metadata: bool, as_json: bool) -> None:
+def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_json: bool) -> None:
     """Show what SOURCE holds: model, types, sizes, bits per weight, lineage.
 
     Reads headers only, works on any readable file, in the catalog or not.
@@ -28,7 +29,7 @@ def command(source: str, tensors: bool, metadata: bool, as_json: bool) -> None:
 
     catalog = Catalog()
     located = catalog.locate(source)
-    reader = formats.open_reader(located.path)
+    reader = formats.open_reader(located.path, allow_pickle=allow_pickle)
     try:
         result = describe(reader, tensors=tensors, metadata=metadata)
     finally:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightsmith.cli.options import common, evaluation_options, evaluation_text, source_argument, torch_device
+from weightsmith.cli.options import (
+    common,
+    evaluation_options,
+    evaluation_text,
+    pickle_option,
+    source_argument,
+    torch_device,
+)
 from weightsmith.cli.output import emit, table
 from weightsmith.errors import QualityGateError, UsageError
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--max-ppl-ratio", type=click.FloatRange(min=0, min_open=True), help="Fail above this perplexity ratio.")
 @click.option("--max-kld", type=click.FloatRange(min=0), help="Fail above this mean KL divergence (nats).")
 @evaluation_options
+@pickle_option
 @common
 def command(
     candidate: str,
@@ -36,6 +44,7 @@ def command(
     windows: int | None,
     threads: int | None,
     device: str,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Measure CANDIDATE beside its original on the same tokens: perplexity, KL divergence, top-1 agreement.
@@ -50,7 +59,7 @@ def command(
     original = catalog.locate(against) if against else _root(catalog, found, candidate)
     ruler = Ruler(convention=convention, ctx=ctx, device=torch_device(device), threads=threads, max_windows=windows)
     begun = time.monotonic()
-    measured = _measure(found.path, original.path, evaluation_text(text), ruler)
+    measured = _measure(found.path, original.path, evaluation_text(text), ruler, allow_pickle)
     missed = _missed(measured, max_ppl_ratio, max_kld)
     result = asdict(measured) | {
         "original_path": str(original.path),
@@ -71,13 +80,13 @@ def _root(catalog: Catalog, found: Located, candidate: str) -> Located:
     return catalog.locate(chain[-1].ref)
 
 
-def _measure(candidate: Path, original: Path, text: str, ruler: Any) -> Comparison:
+def _measure(candidate: Path, original: Path, text: str, ruler: Any, allow_pickle: bool) -> Comparison:
     from weightsmith import formats
     from weightsmith.evals.compare import compare
 
-    base = formats.open_reader(original)
+    base = formats.open_reader(original, allow_pickle=allow_pickle)
     try:
-        reader = formats.open_reader(candidate)
+        reader = formats.open_reader(candidate, allow_pickle=allow_pickle)
         try:
             return compare(reader, base, text, ruler)
         finally:

@@ -121,13 +121,17 @@ def read_vocab(path: Path) -> Vocab:
     )
 
 
+_silence: list[object] = []  # the library calls it as long as the process lives, so it must not be collected
+
+
 class LlamaCpp:
     """llama.cpp's tokenizer for one GGUF."""
 
     def __init__(self, path: Path) -> None:
         self.api = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-        self.silence = self.api.llama_log_callback(lambda *_: None)
-        self.api.llama_log_set(self.silence, ctypes.c_void_p(0))
+        if not _silence:
+            _silence.append(self.api.llama_log_callback(lambda *_: None))
+        self.api.llama_log_set(_silence[0], ctypes.c_void_p(0))
         params = self.api.llama_model_default_params()
         params.vocab_only = True
         self.model = self.api.llama_model_load_from_file(str(path).encode(), params)

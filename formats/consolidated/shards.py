@@ -1,0 +1,186 @@
+"""Weight files of one or several model-parallel ranks as one set of tensors, read by rows.
+
+A tensor cut by rows is the ranks' rows one after another, so a run of rows lies in one or two files. One cut by
+columns has a piece of every row in each file: the same rows are read from all of them and set side by side. Either way
+a slab of rows costs only its own bytes, and nothing is merged on disk or in memory as a whole. Vectors are the same in
+every rank; the first one's counts.
+
+Reads are at positions, so any number of threads may read at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from weightsmith.errors import IntegrityError, WeightsmithError
+from weightsmith.formats.consolidated import names
+from weightsmith.formats.pickles import read_tensors
+from weightsmith.formats.safetensors.header import read_header
+from weightsmith.formats.safetensors.index import Weights, merge
+from weightsmith.formats.safetensors.strictjson import open_regular
+from weightsmith.types import Packed, TensorInfo
+
+_SLAB = 8 << 20  # bytes compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A whole tensor. parts: one of every rank, in order; axis: 0 for rows, 1 for columns. twins: copies of the parts,
+    which must hold the same bytes.
+    """
+
+    info: TensorInfo
+    parts: tuple[TensorInfo, ...]
+    axis: int = 0
+    twins: tuple[TensorInfo, ...] = ()
+
+
+@dataclass(slots=True)
+class Shards:
+    """Open weight files. tensors: by native name, in file order. copies: every rank's own of what is not cut."""
+
+    files: list[Path]
+    tensors: dict[str, Joined] = field(default_factory=dict)
+    copies: dict[str, list[TensorInfo]] = field(default_factory=dict)
+    handles: dict[Path, int] = field(default_factory=dict)
+
+    def read(self, joined: Joined, start: int, stop: int) -> Packed:
+        """Rows [start, stop): uint8 [stop - start, row_bytes], fresh; IntegrityError if a file became shorter."""
+        if joined.axis == 1:
+            return np.concatenate([self._part(part, start, stop) for part in joined.parts], axis=1)
+        rows = np.empty((stop - start, joined.info.row_bytes), np.uint8)
+        reached = 0
+        for index, part in enumerate(joined.parts):
+            first, last = max(start - reached, 0), min(stop - reached, part.n_rows)
+            if first < last:
+                target = rows[reached + first - start : reached + last - start]
+                self._fill(target, part, first)
+                if joined.twins and not np.array_equal(target, self._part(joined.twins[index], first, last)):
+                    raise IntegrityError(
+                        f"rows that should repeat those of {part.path} differ",
+                        path=joined.twins[index].path,
+                        tensor=part.name,
+                    )
+            reached += part.n_rows
+        return rows
+
+    def equal(self, one: Joined, other: Joined) -> bool:
+        """Whether two tensors hold the same values; stops at the first slab that differs."""
+        if (one.info.shape, one.info.codec) != (other.info.shape, other.info.codec):
+            return False
+        step = max(1, _SLAB // max(1, one.info.row_bytes))
+        slabs = ((at, min(at + step, one.info.n_rows)) for at in range(0, one.info.n_rows, step))
+        return all(np.array_equal(self.read(one, *slab), self.read(other, *slab)) for slab in slabs)
+
+    def same(self, parts: Sequence[TensorInfo]) -> bool:
+        """Whether small tensors are the same, byte for byte."""
+        whole = [self._part(part, 0, part.n_rows) for part in parts]
+        return all(np.array_equal(whole[0], other) for other in whole[1:])
+
+    def _part(self, info: TensorInfo, start: int, stop: int) -> Packed:
+        rows = np.empty((stop - start, info.row_bytes), np.uint8)
+        self._fill(rows, info, start)
+        return rows
+
+    def _fill(self, rows: Packed, info: TensorInfo, start: int) -> None:
+        """Read rows of one part, from `start` on, into contiguous `rows`."""
+        assert info.path is not None
+        view, at = rows.reshape(-1).data, info.offset + start * info.row_bytes
+        while view:
+            try:
+                done = os.preadv(self.handles[info.path], [view], at)
+            except OSError as error:
+                raise WeightsmithError(f"cannot read: {error.strerror}", path=info.path, tensor=info.name) from error
+            if not done:
+                raise IntegrityError("the file became shorter while it was read", path=info.path, tensor=info.name)
+            view, at = view[done:], at + done
+
+    def close(self) -> None:
+        """Release file handles."""
+        while self.handles:
+            os.close(self.handles.popitem()[1])
+
+
+def open_pickled(files: Sequence[Path]) -> Shards:
+    """Open the .pth files of all ranks, in their order. Raises what `pickles.read_tensors` does, and IntegrityError for
+    ranks that do not fit together.
+    """
+    shards = Shards(list(files))
+    try:
+        ranks = []
+        for file in files:
+            handle, size = open_regular(file)
+            shards.handles[file] = handle
+            ranks.append(read_tensors(handle, size, path=file))
+        _join(ranks, shards)
+    except BaseException:
+        shards.close()
+        raise
+    return shards
+
+
+def open_safetensors(weights: Weights) -> Shards:
+    """Open safetensors files that together hold whole tensors. Raises what reading their headers and index does."""
+    shards = Shards(weights.files)
+    try:
+        headers = []
+        for file in weights.files:
+            handle, size = open_regular(file)
+            shards.handles[file] = handle
+            headers.append(read_header(handle, size, path=file))
+        _join([merge(weights, headers).tensors], shards)
+    except BaseException:
+        shards.close()
+        raise
+    return shards
+
+
+def _join(ranks: Sequence[Mapping[str, TensorInfo]], shards: Shards) -> None:
+    """Fill `shards` from the tensors of each rank."""
+    first = ranks[0]
+    if len(ranks) == 1:
+        shards.tensors = {name: Joined(info, (info,)) for name, info in first.items()}
+        return
+    hidden = first[names.NORM].row_len if names.NORM in first else -1
+    for name, info in first.items():
+        parts = [_fitting(name, info, rank) for rank in ranks]
+        if not names.is_known(name):
+            # How ranks share it is not known: shown part by part, and refused where the model is read.
+            shards.tensors |= {f"{name}@{rank}": Joined(part, (part,)) for rank, part in enumerate(parts)}
+            continue
+        axis = names.axis(name, info.shape, ranks=len(ranks), hidden=hidden)
+        if axis is None:
+            shards.tensors[name] = Joined(info, (info,))
+            shards.copies[name] = parts
+        else:
+            shards.tensors[name] = _concatenated(info, parts, axis)
+    for rank in ranks[1:]:
+        for name, info in rank.items():
+            if name not in first:
+                raise IntegrityError("not in the first rank's file", path=info.path, tensor=name)
+
+
+def _fitting(name: str, info: TensorInfo, rank: Mapping[str, TensorInfo]) -> TensorInfo:
+    part = rank.get(name)
+    if part is None:
+        where = next((other.path for other in rank.values()), None)
+        raise IntegrityError(f"missing, {info.path} has it", path=where, tensor=name)
+    if (part.shape, part.codec) != (info.shape, info.codec):
+        raise IntegrityError(
+            f"{part.codec} of shape {list(part.shape)}, the first rank has {info.codec} of {list(info.shape)}",
+            path=part.path,
+            tensor=name,
+        )
+    return part
+
+
+def _concatenated(info: TensorInfo, parts: Sequence[TensorInfo], axis: int) -> Joined:
+    shape = tuple(size * len(parts) if at == axis else size for at, size in enumerate(info.shape))
+    nbytes = info.nbytes // max(1, math.prod(info.shape)) * math.prod(shape)
+    return Joined(TensorInfo(info.name, shape, info.codec, nbytes, info.path, info.offset), tuple(parts), axis)

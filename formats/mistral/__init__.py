@@ -1,0 +1,53 @@
+"""Mistral's original form: params.json, consolidated weights, tekken.json or a SentencePiece tokenizer.model.vN.
+
+Dense text models are read: 7B v0.1 to v0.3, Nemo, Small 3. Tensors have Meta's names and Meta's rotation of
+neighbouring pairs, and are never cut into ranks. Mixture-of-experts models, image encoders, YaRN, position-dependent
+attention scales and 8-bit weights are recognised and refused by name. Read only: nothing is written in this form.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightsmith.errors import UnsupportedError
+from weightsmith.formats.consolidated.params import read_params
+from weightsmith.formats.consolidated.reader import ConsolidatedReader
+from weightsmith.formats.consolidated.shards import open_pickled, open_safetensors
+from weightsmith.formats.mistral.config import configure, refuse_unknown
+from weightsmith.formats.mistral.files import find, has_other_form, is_native, is_weight_file, pickled
+from weightsmith.formats.pickles import demand_permission
+from weightsmith.safename import resolve_inside
+
+__all__ = ["NAME", "PICKLED", "ConsolidatedReader", "open_reader", "sniff"]
+
+NAME = "mistral"
+PICKLED = True  # open_reader takes allow_pickle
+
+
+def sniff(path: Path) -> bool:
+    """True for a folder in Mistral's form that has no other form of the weights, or one of its weight files."""
+    if path.is_file():
+        return is_weight_file(path.name) and sniff(path.parent)
+    return path.is_dir() and is_native(path) and not has_other_form(path)
+
+
+def open_reader(path: Path, *, allow_pickle: bool = False) -> ConsolidatedReader:
+    """Open a folder, or the folder of a file; reads and checks headers only.
+
+    Raises UnsafeInputError for pickled weights unless `allow_pickle`, UnsupportedError for several of them, and what
+    opening weights raises.
+    """
+    folder = path.parent if path.is_file() else path
+    weights = find(folder)
+    if weights is not None:
+        return ConsolidatedReader(NAME, folder, open_safetensors(weights), configure)
+    parts = pickled(folder)
+    refuse_unknown(read_params(folder))
+    demand_permission(folder / parts[0], allowed=allow_pickle)
+    if len(parts) > 1:
+        raise UnsupportedError(
+            f"{len(parts)} pickled files; only consolidated.00.pth by itself is read",
+            path=folder,
+            hint="Use a safetensors form of the model.",
+        )
+    return ConsolidatedReader(NAME, folder, open_pickled([resolve_inside(folder, parts[0])]), configure)
