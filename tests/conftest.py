@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "build" / "assets"
 
-for _name, _path in (("WEIGHTSMITH_DEMO_GGUF", ASSETS / "demo.gguf"), ("WEIGHTSMITH_LLAMA_CPP", ASSETS / "llama.cpp")):
+for _name, _path in (
+    ("WEIGHTSMITH_DEMO_GGUF", ASSETS / "demo.gguf"),
+    ("WEIGHTSMITH_LLAMA3_TOKENIZER", ASSETS / "llama3-tokenizer.model"),
+    ("WEIGHTSMITH_LLAMA_CPP", ASSETS / "llama.cpp"),
+):
     if _path.exists():
         os.environ.setdefault(_name, str(_path))
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("weightsmith.evals",),
     (
         *("weightsmith.catalog", "weightsmith.store", "weightsmith.sources", "weightsmith.pull", "weightsmith.derive"),
-        *("weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
+        *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
     ),
     ("weightsmith.cli", "weightsmith.__main__"),
 )

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsmith import formats
+from weightsmith import calibrated, formats
 from weightsmith._version import __version__
+from weightsmith.calibrated import PACKED, Calibration
 from weightsmith.errors import IntegrityError, InterruptedRunError, UnsupportedError, UsageError
 from weightsmith.formats import archs, imatrix
 from weightsmith.formats.imatrix import Imatrix
@@ -42,14 +43,14 @@ class Target:
 
     @classmethod
     def parse(cls, text: str, *, default_type: str | None = None) -> Target:
-        """Read "gguf", "gguf:Q8_0", "safetensors:BF16"; UsageError names what is known."""
+        """Read "gguf", "gguf:Q8_0", "safetensors:BF16", "gptq:4"; UsageError names what is known."""
         name, _, kind = text.partition(":")
-        known = formats.targets()
+        known = {name: package.TYPES for name, package in formats.targets().items()} | PACKED
         if name not in known:
             raise UsageError(f"unknown target {name!r}", hint=f"Known targets: {', '.join(known)}.")
-        kind = kind.upper()
-        if kind and kind not in known[name].TYPES:
-            raise UsageError(f"{name} has no type {kind!r}", hint=f"Known types: {', '.join(known[name].TYPES)}.")
+        kind = kind.upper() or ("4" if name in PACKED else "")
+        if kind and kind not in known[name]:
+            raise UsageError(f"{name} has no type {kind!r}", hint=f"Known types: {', '.join(known[name])}.")
         return cls(name, kind or default_type)
 
     def __str__(self) -> str:
@@ -62,7 +63,8 @@ class Options:
 
     pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most bytes for
     tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for the source,
-    noted in the result. imatrix: file of importances to quantize by. effort: how hard to search. allow_pickle: read
+    noted in the result. imatrix: file of importances to quantize by. calibration: text to measure importances on, or
+    to quantize by. effort: how hard to search. allow_pickle: read
     pickled weights, without running anything in them. strict: a tensor whose
     rows do not fit the type is an error. recipe: its type is the target's.
     """
@@ -77,6 +79,7 @@ class Options:
     imatrix: Path | None = None
     effort: str = "normal"
     allow_pickle: bool = False
+    calibration: Calibration | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     def record(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class Options:
         kept: dict[str, Any] = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": recipe.pure}
         kept |= {"output_type": recipe.output_type, "embedding_type": recipe.embedding_type}
         kept |= {"overrides": [list(pair) for pair in recipe.overrides]}
+        kept |= {"calibration": self.calibration.record() if self.calibration else None}
         kept |= {"effort": self.effort if self.effort != "normal" else None}
         return {name: value for name, value in kept.items() if value}
 
@@ -103,7 +107,7 @@ class Options:
 class Report:
     """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan.
 
-    notes: where it comes from, as the file itself says it.
+    notes: where it comes from, as the file itself says it. weights: of the model, where tensors hold packed words.
     """
 
     path: Path
@@ -112,6 +116,7 @@ class Report:
     fallbacks: Sequence[tuple[str, str, str]]
     seconds: float = 0.0
     notes: Mapping[str, str] = field(default_factory=dict)
+    weights: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +126,8 @@ class Report:
     @property
     def bpw(self) -> float:
         """All stored bits over all weights."""
-        return 8 * self.nbytes / max(1, sum(info.n_weights for info in self.tensors))
+        weights = self.weights or sum(info.n_weights for info in self.tensors)
+        return 8 * self.nbytes / max(1, weights)
 
     @property
     def main_type(self) -> str:
@@ -147,6 +153,8 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def plan(source: Path, target: Target, options: Options) -> Report:
     """Say what `convert` would make: exact sizes, every type; reads headers only."""
+    if target.container in PACKED:
+        raise UsageError(f"there is no dry run for {target.container} yet", hint="Leave --dry-run out.")
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         planned = _planned(reader, target, options)
@@ -163,10 +171,12 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     for a fallback under `strict`.
     """
     begun = time.monotonic()
+    if target.container in PACKED:
+        return _pack(source, target, output, options)
     container = formats.containers()[target.container]
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
-        matrix = imatrix.read(options.imatrix) if options.imatrix is not None else None
+        matrix = _matrix(reader, options)
         planned = _planned(reader, target, options)
         vocab = reader.vocab(options.pre)
         notes = options.notes(target, matrix)
@@ -193,6 +203,48 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     finally:
         reader.close()
     return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun, notes)
+
+
+def _pack(source: Path, target: Target, output: Path, options: Options) -> Report:
+    """Make a GPTQ or AWQ checkpoint, which needs a text to calibrate on."""
+    begun = time.monotonic()
+    if options.calibration is None:
+        raise UsageError(f"{target.container} needs a text to calibrate on", hint="Pass --calibrate FILE.")
+    notes = options.notes(target, None)
+    reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
+    try:
+        path = calibrated.packed(
+            reader,
+            output,
+            target.container,
+            int(target.type or "4"),
+            options.calibration,
+            effort=options.effort,
+            overwrite=options.overwrite,
+            notes=notes,
+            pre=options.pre,
+            split_bytes=options.split_bytes,
+        )
+    finally:
+        reader.close()
+    made = formats.open_reader(path)
+    try:
+        tensors = list(made.native_infos().values())
+        weights = sum(info.n_weights for info in made.infos().values())
+    finally:
+        made.close()
+    return Report(path, str(target), tensors, [], time.monotonic() - begun, notes, weights)
+
+
+def _matrix(reader: Reader, options: Options) -> Imatrix | None:
+    """The importances to quantize by: from a file, or measured now."""
+    if options.imatrix is not None:
+        if options.calibration is not None:
+            raise UsageError("an imatrix and a text to calibrate on exclude each other", hint="Leave one out.")
+        return imatrix.read(options.imatrix)
+    if options.calibration is None:
+        return None
+    return calibrated.importances(reader, options.calibration, pre=options.pre)
 
 
 def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
@@ -246,7 +298,9 @@ def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Read
 
 
 def _planned(reader: Reader, target: Target, options: Options) -> Plan:
-    recipe = replace(options.recipe, type=target.type, imatrix=options.imatrix is not None)
+    recipe = replace(
+        options.recipe, type=target.type, imatrix=options.imatrix is not None or options.calibration is not None
+    )
     planned: Plan = formats.containers()[target.container].plan(reader, recipe)
     if planned.fallbacks and options.strict:
         name, wanted, got = planned.fallbacks[0]

@@ -4,6 +4,7 @@ One file per kind of block. A kind is found by listing this folder: any module w
 `config.family` that it computes. It offers:
 
 - `EMBEDDING`, `LAYER` (a prefix with {} for the number), `NORM`, `HEAD`: canonical names;
+- `FEEDS`: (norm or linear, linears that it alone feeds), by name within the layer, where scales can move between them;
 - `tables(config, length, place)`: whatever depends on positions alone;
 - `layer(weights, x, tables, config, tap=None)`: the block, a pure function;
 - `norm(x, weight, eps)`: the norm before the head;

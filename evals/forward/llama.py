@@ -31,6 +31,14 @@ EMBEDDING = "model.embed_tokens.weight"
 LAYER = "model.layers.{}."
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+# What feeds which linears, channel by channel: a factor can move between the two without changing the block. The
+# values that feed o_proj are shared by the queries of a group.
+FEEDS = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+)
 
 Tap = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [B, T, in])
 

@@ -271,7 +271,13 @@ def slow_conversion(folder: Path, out: Path, home: Path) -> subprocess.Popen[str
         f"main(['convert', {str(folder)!r}, '--to', 'gguf', '-o', {str(out)!r}])\n"
     )
     env = os.environ | {"WEIGHTSMITH_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=-1, stderr=-1, text=True)
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=heed_interrupts)
+
+
+def heed_interrupts() -> None:
+    """A test suite in the background runs with SIGINT ignored, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])

@@ -27,6 +27,7 @@ ONLY_THEIRS = {
     "general.sampling.top_p": "sampling defaults of generation_config.json, no property of the weights",
     "general.sampling.temp": "sampling defaults of generation_config.json, no property of the weights",
 }
+PROVENANCE = "weightsmith.provenance."  # where the file comes from; theirs does not say
 ONLY_OURS = {
     "general.alignment": "the default, written out",
     "llama.attention.key_length": "always written: head_dim need not be hidden_size / heads",
@@ -75,7 +76,7 @@ def compare(ours: Path, peer: Path) -> None:
         assert a[name][2] == b[name][2], f"{name}: other bytes"
     mine, other = fields(ours), fields(peer)
     assert set(other) - set(mine) <= set(ONLY_THEIRS)
-    assert set(mine) - set(other) <= set(ONLY_OURS)
+    assert {key for key in set(mine) - set(other) if not key.startswith(PROVENANCE)} <= set(ONLY_OURS)
     different = {key: (mine[key], other[key]) for key in mine.keys() & other.keys() if mine[key] != other[key]}
     assert {key: value for key, value in different.items() if key not in ONLY_THEIRS} == {}
 

@@ -84,6 +84,17 @@ def pickle_option(function: F) -> F:
     )(function)
 
 
+def calibration_options(function: F) -> F:
+    """--rows, --ctx, --device: how a text is used for calibration."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda, for calibration."),
+        click.option("--ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens per row."),
+        click.option("--rows", type=click.IntRange(1), default=128, show_default=True, help="Rows of the text to use."),
+    ):
+        function = option(function)
+    return function
+
+
 def output_options(function: F) -> F:
     """-o, --name, --tag, --force: where a result goes."""
     for option in (

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import click
 
-from weightsmith.cli.options import Size, common, output_options, pickle_option, source_argument
+from weightsmith.cli.options import (
+    Size,
+    calibration_options,
+    common,
+    output_options,
+    pickle_option,
+    source_argument,
+    torch_device,
+)
 
 
 @click.command("quantize")
 @source_argument()
-@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gguf:IQ4_XS, ...")
+@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gptq:4, awq, ...")
 @output_options
 @click.option(
     "--tensor-type",
@@ -28,6 +36,14 @@ from weightsmith.cli.options import Size, common, output_options, pickle_option,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Importances of the input channels, from llama-imatrix or from here.",
 )
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to calibrate on: importances for GGUF types, error feedback for gptq and awq.",
+)
+@calibration_options
+@click.option("--group-size", type=int, default=128, show_default=True, help="Columns per scale of gptq and awq.")
+@click.option("--sym/--asym", default=True, show_default=True, help="Zeros in the middle, for gptq and awq.")
 @click.option(
     "--effort",
     type=click.Choice(["fast", "normal", "best"]),
@@ -54,6 +70,12 @@ def command(
     output_type: str | None,
     embedding_type: str | None,
     imatrix: Path | None,
+    calibrate: Path | None,
+    rows: int,
+    ctx: int,
+    device: str,
+    group_size: int,
+    sym: bool,
     effort: str,
     strict: bool,
     split_bytes: int | None,
@@ -64,11 +86,13 @@ def command(
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
-    """Quantize SOURCE (safetensors or GGUF), weight-only.
+    """Quantize SOURCE.
 
-    One pass: no full-precision file in between. Norms and biases stay F32.
+    One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only, by an imatrix
+    or by a text to calibrate on; gptq:BITS and awq need the text.
     """
     from weightsmith import jobs
+    from weightsmith.calibrated import Calibration
     from weightsmith.cli.produce import produce
     from weightsmith.errors import UsageError
     from weightsmith.types import Recipe
@@ -76,6 +100,18 @@ def command(
     target = jobs.Target.parse(to)
     if target.type is None:
         raise UsageError("quantize needs a type", hint="For instance --to gguf:Q4_0.")
+    calibration = None
+    if calibrate is not None:
+        calibration = Calibration(
+            calibrate,
+            rows=rows,
+            ctx=ctx,
+            group_size=group_size,
+            sym=sym,
+            device=torch_device(device),
+            memory=max_memory,
+            threads=threads,
+        )
     options = jobs.Options(
         pre=pre,
         split_bytes=split_bytes,
@@ -85,6 +121,7 @@ def command(
         overwrite=force,
         strict=strict,
         imatrix=imatrix,
+        calibration=calibration,
         effort=effort,
         recipe=Recipe(
             pure=pure,

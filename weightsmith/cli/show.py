@@ -47,7 +47,7 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
 def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]:
     """Everything `show` knows about an open checkpoint, as plain values."""
     infos = list(reader.native_infos().values())
-    nbytes, weights = sum(info.nbytes for info in infos), sum(info.n_weights for info in infos)
+    nbytes, weights = sum(info.nbytes for info in infos), _parameters(reader)
     result: dict[str, Any] = {
         "path": str(reader.path),
         "container": reader.container,
@@ -67,6 +67,14 @@ def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]
     if metadata:
         result["metadata"] = {key: _short(value) for key, value in reader.metadata().items()}
     return result
+
+
+def _parameters(reader: Reader) -> int:
+    """Weights of the model; of a packed container that is not the number of stored words."""
+    try:
+        return sum(info.n_weights for info in reader.infos().values())
+    except WeightsmithError:
+        return sum(info.n_weights for info in reader.native_infos().values())
 
 
 def _types(infos: list[Any]) -> dict[str, dict[str, int]]:

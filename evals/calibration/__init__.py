@@ -1,0 +1,17 @@
+"""Calibration: rows of text pass through one decoder layer at a time, and every linear's input is measured on the way.
+
+| module | what it does |
+|---|---|
+| rows | text to token windows, a seeded sample of them |
+| states | the hidden states between two layers, in memory or in a file |
+| stream | the pass itself: `calibrate` for quantizers, `imatrix` for importances |
+| fold | scales moved between linears and what feeds them |
+| packed, work | a whole checkpoint quantized on the way, resumable: `quantize_packed` |
+"""
+
+from __future__ import annotations
+
+from weightsmith.evals.calibration.rows import Options
+from weightsmith.evals.calibration.stream import Block, calibrate, imatrix
+
+__all__ = ["Block", "Options", "calibrate", "imatrix"]

@@ -1,0 +1,283 @@
+"""A whole checkpoint to packed linears: every layer is quantized as calibration reaches it, behind the ones before it.
+
+The codes are GPTQ's whatever the container: "gptq" and "gptq_v2" (`formats.gptq`) and "awq" (`formats.awq`, whose
+asymmetric grids of neighbouring columns are among those that GPTQ fills). Linears of a group share their inputs, so
+they are quantized as one tall matrix: one factorisation, one loop over columns.
+
+What a finished layer was quantized to lies in OUT.layers/ (`work`); a killed run takes these files up and only sends
+its rows through them. The checkpoint itself is written at the end, from those files, and appears by rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weightsmith._version import __version__
+from weightsmith.atomic import refuse_existing
+from weightsmith.errors import UsageError, WeightsmithError
+from weightsmith.evals.calibration.fold import fold
+from weightsmith.evals.calibration.rows import Options, draw
+from weightsmith.evals.calibration.stream import Block, Finished, calibrate
+from weightsmith.evals.calibration.work import Parts, Work
+from weightsmith.evals.forward import load, weights
+from weightsmith.formats.awq import layout as awq_layout
+from weightsmith.formats.gptq import layout as gptq_layout
+from weightsmith.formats.gptq import packed_writer
+from weightsmith.formats.gptq.settings import Settings
+from weightsmith.quant.algorithms import gptq
+from weightsmith.quant.algorithms.gptq import Method
+from weightsmith.quant.algorithms.rtn import Grid, Quantized
+from weightsmith.types import Reader
+
+AnyLayout = gptq_layout.Layout | awq_layout.Layout
+FORMATS = ("gptq", "gptq_v2", "awq")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOptions:
+    """What to make and how. checkpoint_format: one of FORMATS. scaled: move scales between linears and what feeds
+    them first (`quant.algorithms.awq`). codec: of all that is not packed ("F16", "BF16",
+    "F32"). split_bytes: most data bytes of a shard. Raises UsageError for what does not go together."""
+
+    grid: Grid = field(default_factory=lambda: Grid(4, 128))
+    method: Method = field(default_factory=Method)
+    calibration: Options = field(default_factory=Options)
+    checkpoint_format: str = "gptq"
+    scaled: bool = False
+    codec: str = "F16"
+    split_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_format not in FORMATS:
+            hint = f"Known: {', '.join(FORMATS)}."
+            raise UsageError(f"no such checkpoint format: {self.checkpoint_format!r}", hint=hint)
+        if self.checkpoint_format == "awq" and (self.grid.bits != 4 or self.method.scatters):
+            raise UsageError("AWQ has 4 bits and groups of neighbouring columns only")
+
+    def record(self) -> dict[str, Any]:
+        """What decides the result, as plain values."""
+        return {
+            "grid": asdict(self.grid),
+            "method": asdict(self.method),
+            "calibration": self.calibration.record(),
+            "checkpoint_format": self.checkpoint_format,
+            "scaled": self.scaled,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PackedReport:
+    """What was made. losses: share of each linear's output energy that was lost, by canonical weight name (of the
+    layers that this run dealt with). resumed: layers taken over from an earlier run."""
+
+    path: Path
+    losses: Mapping[str, float]
+    resumed: int
+
+
+def quantize_packed(
+    reader: Reader,
+    out: Path,
+    text: str,
+    options: PackedOptions | None = None,
+    *,
+    overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
+) -> PackedReport:
+    """Quantize every linear of `reader`'s layers with calibration on `text`, and write the checkpoint `out`.
+
+    notes: go into every shard's `__metadata__`. Stopped at any point, a repeated call goes on with the layer it was
+    at. Raises what `calibrate` and `gptq.quantize` raise, UnsupportedError (a linear that cannot be packed),
+    OutputExistsError, ResourceError.
+    """
+    options = options or PackedOptions()
+    if options.checkpoint_format == "gptq" and not options.grid.sym:
+        options = replace(options, grid=replace(options.grid, least_zero=max(1, options.grid.least_zero)))
+    refuse_existing(out, overwrite=overwrite)
+    layout = _layout(options)
+    linears = _linears(reader, layout)
+    tokens = draw(reader, text, options.calibration)
+    losses: dict[str, float] = {}
+    with Work(out.with_name(f"{out.name}.layers"), _fingerprint(reader, tokens, options)) as work:
+        resumed = work.begin(reader.config.n_layers)
+
+        def finished(index: int) -> dict[str, Tensor] | None:
+            return work.weights(index, layout, linears, _prefix(reader, index)) if index < resumed else None
+
+        if resumed < reader.config.n_layers:
+            losses = _quantize(reader, text, options, work, layout, finished)
+        packing = packed_writer.Packing(layout, layout.settings.dump(), set(linears), options.codec)
+        path = _assemble(reader, out, packing, work, options, overwrite=overwrite, notes=notes)
+        work.remove()
+    return PackedReport(path, losses, resumed)
+
+
+def _quantize(
+    reader: Reader, text: str, options: PackedOptions, work: Work, layout: AnyLayout, finished: Finished
+) -> dict[str, float]:
+    """Quantize what is not finished, layer after layer into `work`; losses by canonical name."""
+    feeds = load(reader).kind.FEEDS
+    sharing = (reader.config.n_kv_heads, reader.config.n_heads // reader.config.n_kv_heads)
+    made: Parts = {}
+    losses: dict[str, float] = {}
+
+    def prepare(block: Block) -> None:
+        for source, targets in feeds:
+            fold(block, source, targets, options.grid, sharing)
+        for name in (f"{source}.{kind}" for source, _ in feeds for kind in ("weight", "bias")):
+            if name in block.weights and block.weights[name].ndim == 1:
+                made[name] = block.weights[name].float().cpu().numpy()
+
+    left = set(_linears(reader, layout))
+    chosen = prepare if options.scaled else None
+    for block in calibrate(reader, text, options.calibration, finished=finished, prepare=chosen):
+        made |= _quantize_block(block, layout, options, losses)
+        left -= set(losses)
+        if not any(name.startswith(block.prefix) for name in left):
+            work.store(block.index, made)
+            made.clear()
+    return losses
+
+
+def _layout(options: PackedOptions) -> AnyLayout:
+    method = options.method
+    meta = {
+        "quantizer": [f"weightsmith:{__version__}"],
+        "damp_percent": method.damp,
+        "order": method.order,
+        "static_groups": method.static_groups,
+        "sweeps": method.sweeps,
+        "scaled": options.scaled,
+        "calibration": options.calibration.record(),
+    }
+    grid = options.grid
+    if options.checkpoint_format == "awq":
+        return awq_layout.Layout(awq_layout.Settings(grid.group_size, not grid.sym, meta))
+    settings = Settings(grid.bits, grid.group_size, grid.sym, method.scatters, options.checkpoint_format, meta)
+    return gptq_layout.Layout(settings)
+
+
+def _prefix(reader: Reader, index: int) -> str:
+    return str(load(reader).kind.LAYER.format(index))
+
+
+def _linears(reader: Reader, layout: AnyLayout) -> dict[str, tuple[int, int]]:
+    """Shapes of all matrices in layers by canonical name; UnsupportedError naming one that cannot be packed."""
+    prefixes = tuple(_prefix(reader, index) for index in range(reader.config.n_layers))
+    found = {}
+    for name, info in reader.infos().items():
+        if len(info.shape) == 2 and name.startswith(prefixes):
+            try:
+                layout.parts((info.shape[0], info.shape[1]))
+            except WeightsmithError as error:
+                error.tensor, error.path = name, reader.path
+                raise
+            found[name] = (info.shape[0], info.shape[1])
+    return found
+
+
+def _fingerprint(reader: Reader, tokens: NDArray[np.int64], options: PackedOptions) -> str:
+    """What must be equal for layers of an earlier run to be taken over."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in reader.files()]
+    work = {
+        "version": __version__,
+        "source": files,
+        "tensors": [(info.name, info.shape, info.codec) for info in reader.infos().values()],
+        "rows": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+        **options.record(),
+    }
+    return json.dumps(work, sort_keys=True)
+
+
+def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, losses: dict[str, float]) -> Parts:
+    """Quantize a block's linears, put what they now compute into its weights, and return what is to be stored."""
+    stored: Parts = {}
+    groups: dict[int, list[str]] = {}
+    for name, moments in block.moments.items():
+        groups.setdefault(id(moments), []).append(name)
+    for names in groups.values():
+        keys = [name.removeprefix(block.prefix) for name in names]
+        parts = [block.weights[key].float() for key in keys]
+        h = block.moments[names[0]].h
+        try:
+            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method)
+        except WeightsmithError as error:
+            error.tensor = error.tensor or names[0]
+            raise
+        start = 0
+        for name, key, part in zip(names, keys, parts, strict=True):
+            stop = start + len(part)
+            one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
+            q = one.dequantize()
+            lost, whole = gptq.loss_of(part, q, h), gptq.loss_of(part, torch.zeros_like(part), h)
+            losses[name] = lost / whole if whole else math.nan
+            block.weights[key] = q.to(block.weights[key].dtype)
+            stem = key.removesuffix(".weight")
+            fields = ("codes", "scales", "zeros", "g_idx")
+            arrays = layout.store({field: getattr(one, field).cpu().numpy() for field in fields})
+            stored |= {f"{stem}.{suffix}": value for suffix, value in arrays.items()}
+            start = stop
+    return stored
+
+
+def _assemble(
+    reader: Reader,
+    out: Path,
+    packing: packed_writer.Packing,
+    work: Work,
+    options: PackedOptions,
+    *,
+    overwrite: bool,
+    notes: Mapping[str, str] | None,
+) -> Path:
+    from weightsmith.quant import codecs  # noqa: PLC0415  (numba is imported by what computes)
+
+    config = reader.config
+    writer = packed_writer.create(
+        out,
+        config,
+        packing,
+        vocab=reader.vocab(options.calibration.pre),
+        source=reader,
+        overwrite=overwrite,
+        split_bytes=options.split_bytes,
+        notes=notes,
+    )
+    changed: Parts = {}  # vectors that scales were moved into, by canonical name
+    try:
+        for index in range(config.n_layers):
+            prefix = _prefix(reader, index)
+            parts: dict[str, Parts] = {}
+            for key, value in work.load(index).items():
+                stem, _, suffix = key.rpartition(".")
+                if suffix in ("weight", "bias"):
+                    changed[prefix + key] = value
+                    continue
+                parts.setdefault(f"{prefix}{stem}.weight", {})[suffix] = value
+            for name, found in parts.items():
+                writer.put(name, found)
+        for info in writer.plain:
+            stored = changed.get(info.name)
+            slabs = weights.slabs(reader, info.name) if stored is None else [(0, torch.from_numpy(stored)[None])]
+            for start, rows in slabs:
+                try:
+                    packed = codecs.encode(options.codec, rows.float().numpy())
+                except WeightsmithError as error:
+                    error.path, error.tensor = error.path or reader.path, error.tensor or info.name
+                    raise
+                writer.write(info, start, packed)
+        return writer.close()
+    except BaseException:
+        writer.abort()
+        raise

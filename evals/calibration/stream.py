@@ -1,0 +1,222 @@
+"""The calibration pass: rows go through one layer at a time, a layer's weights are in memory only meanwhile.
+
+Linears that are fed by the same tensor (query, key and value; gate and up) form a group and share one `Moments`. In a
+sequential pass a layer goes through its groups in order of computation: the group's inputs are measured with the
+weights as they stand, the consumer may replace them by what their quantized form computes, and the next group is
+measured behind that. So every quantizer sees the inputs that its linear will really get, and can make up for what the
+ones before it lost. A pass for a group stops at the first linear of the next one, so a layer of g groups costs about
+(g + 1) / 2 + 1 evaluations. A pass that only measures (`imatrix`) costs one.
+
+Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cpp tools/imatrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weightsmith.evals.calibration.rows import Options, draw
+from weightsmith.evals.calibration.states import States
+from weightsmith.evals.engines.torch import threads
+from weightsmith.evals.forward import Decoder, load, weights
+from weightsmith.formats import archs
+from weightsmith.progress import progress
+from weightsmith.quant.calibration import Moments
+from weightsmith.types import Reader
+
+if TYPE_CHECKING:
+    from weightsmith.formats.imatrix import Imatrix
+
+Finished = Callable[[int], Mapping[str, Tensor] | None]
+Prepare = Callable[["Block"], None]
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A group of linears (all of a layer's, in a pass that is not sequential) and what calibration saw of them.
+
+    index: the layer. prefix: what canonical names of its tensors begin with. moments: by canonical weight name.
+    weights: all of the layer, by the rest of the name; replaced entries are what the rows then pass through. Both
+    mappings are emptied when the next layer begins.
+    """
+
+    index: int
+    prefix: str
+    weights: dict[str, Tensor]
+    moments: dict[str, Moments]
+
+
+class _EnoughError(Exception):
+    """Ends an evaluation of a layer: all inputs that were wanted have been seen."""
+
+
+@dataclass(slots=True, eq=False)
+class _Collector:
+    """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not."""
+
+    device: torch.device
+    full: bool
+    one_group: bool
+    done: set[str]
+    found: dict[str, Moments] = field(default_factory=dict)
+    last: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str, into: Tensor) -> None:
+        if name in self.done:
+            return
+        if self.last is not None and into is self.last[1]:
+            self.found[name] = self.found[self.last[0]]
+            return
+        if name not in self.found:
+            if self.one_group and self.found:
+                raise _EnoughError
+            self.found[name] = Moments(into.shape[-1], full=self.full, device=self.device)
+        self.found[name].add(into)
+        self.last = (name, into)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A pass under way."""
+
+    decoder: Decoder
+    states: States
+    tables: Any
+    step: int
+
+    @torch.no_grad()
+    def evaluate(self, layer: Mapping[str, Tensor], *, tap: _Collector | None = None, keep: bool = True) -> None:
+        """Send all rows through a layer, its outputs replacing the rows if `keep`."""
+        kind, place = self.decoder.kind, self.decoder.place
+        for start, rows in self.states.pieces(self.step):
+            found = None
+            with suppress(_EnoughError):
+                found = kind.layer(layer, rows.to(*place), self.tables, self.decoder.config, tap)
+            if tap is not None:
+                tap.last = None
+            if keep and found is not None:
+                self.states.put(start, found)
+
+    def blocks(
+        self, *, full: bool, sequential: bool, finished: Finished | None = None, prepare: Prepare | None = None
+    ) -> Iterator[Block]:
+        """Blocks of all layers in turn; afterwards `states` are what comes out of the last."""
+        config = self.decoder.config
+        with progress("calibrate", config.n_layers, "layers") as ticker:
+            layers = self.decoder.layers()
+            for index in range(config.n_layers):
+                layer = dict(next(layers))
+                ready = finished(index) if finished is not None else None
+                if ready is not None:
+                    layer.update(ready)
+                else:
+                    if prepare is not None:
+                        for block in self._groups(index, layer, full=full, sequential=False, keep=False):
+                            prepare(block)
+                    yield from self._groups(index, layer, full=full, sequential=sequential)
+                if sequential or ready is not None:
+                    self.evaluate(layer)
+                layer.clear()
+                del layer, ready
+                ticker.update(1)
+
+    def _groups(
+        self, index: int, layer: dict[str, Tensor], *, full: bool, sequential: bool, keep: bool = True
+    ) -> Iterator[Block]:
+        prefix = self.decoder.kind.LAYER.format(index)
+        done: set[str] = set()
+        while True:
+            tap = _Collector(self.decoder.place.device, full, sequential, done)
+            self.evaluate(layer, tap=tap, keep=keep and not sequential)
+            if not tap.found:
+                return
+            moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
+            for name, found in moments.items():
+                found.check(name)
+            done |= set(tap.found)
+            del tap
+            yield Block(index, prefix, layer, moments)
+            moments.clear()
+            if not sequential:
+                return
+
+    @torch.no_grad()
+    def head(self) -> tuple[str, Moments]:
+        """The output matrix by canonical name, and the diagonal of its inputs, after all blocks have passed."""
+        kind, config, place = self.decoder.kind, self.decoder.config, self.decoder.place
+        name = kind.EMBEDDING if config.tie_word_embeddings else kind.HEAD
+        norm = weights.tensor(self.decoder.reader, kind.NORM, place)
+        moments = Moments(config.hidden_size, full=False, device=place.device)
+        for _, rows in self.states.pieces(self.step):
+            moments.add(kind.norm(rows.to(*place), norm, config.rms_norm_eps))
+        moments.check(name)
+        return name, moments
+
+
+@contextmanager
+def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options) -> Iterator[_Run]:
+    decoder = load(reader, device=options.device, memory=options.memory)
+    kind, config = decoder.kind, decoder.config
+    shape = (*tokens.shape, config.hidden_size)
+    with threads(options.threads), States(shape, memory=options.memory // 2, spill=options.spill) as states:
+        at_once = decoder.windows_at_once(options.ctx)
+        for start in range(0, len(tokens), at_once):
+            ids = torch.from_numpy(tokens[start : start + at_once])
+            states.put(start, weights.gather(reader, kind.EMBEDDING, ids, decoder.place))
+        yield _Run(decoder, states, kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx))
+
+
+def calibrate(
+    reader: Reader,
+    text: str,
+    options: Options | None = None,
+    *,
+    sequential: bool = True,
+    finished: Finished | None = None,
+    prepare: Prepare | None = None,
+) -> Iterator[Block]:
+    """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
+
+    sequential: see above; else one block per layer, measured behind the original weights. finished(index): weights of
+    a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
+    prepare(block): called before the groups of a layer, with all its moments at once, to replace its weights by others
+    that compute the same.
+    Raises what `draw` and `forward.load` raise, IntegrityError (inputs that are not finite), ResourceError (disk).
+    """
+    options = options or Options()
+    with _begun(reader, draw(reader, text, options), options) as run:
+        yield from run.blocks(full=True, sequential=sequential, finished=finished, prepare=prepare)
+
+
+def imatrix(
+    reader: Reader, text: str, options: Options | None = None, *, output: bool = False, dataset: str = ""
+) -> Imatrix:
+    """Importances of all linears, under GGUF's names, as llama-imatrix measures them (all windows unless told).
+
+    output: the output matrix too, under the embedding's name where the two are tied. dataset: name of the text to
+    record. Raises what `calibrate` raises.
+    """
+    from weightsmith.formats.imatrix import Entry, Imatrix  # noqa: PLC0415
+
+    options = options or Options(rows=None)
+    tokens = draw(reader, text, options)
+    found: dict[str, Moments] = {}
+    with _begun(reader, tokens, options) as run:
+        for block in run.blocks(full=False, sequential=False):
+            found.update(block.moments)
+        if output:
+            name, moments = run.head()
+            found[name] = moments
+    family = archs.by_name(reader.config.family)
+    entries = {
+        str(family.gguf_name(name)): Entry(one.diagonal.cpu().numpy()[None], np.array([one.tokens], np.int64))
+        for name, one in found.items()
+    }
+    return Imatrix(entries, [dataset] if dataset else [], len(tokens), options.ctx)

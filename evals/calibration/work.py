@@ -1,0 +1,139 @@
+"""The folder of finished layers of a run under way, OUT.layers/.
+
+job.json says of which work they are (source files, rows, settings and version, as one line of JSON), and
+layer-NNNNN.safetensors holds the stored tensors of one layer under their names within it. Each appears by rename, so
+what is there is whole. Layers are taken over by a run of the same work only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weightsmith.atomic import AtomicFile, disk_errors, write_text
+from weightsmith.errors import IntegrityError, OutputExistsError
+from weightsmith.formats.gptq.packed_reader import Layout
+from weightsmith.formats.safetensors.header import lay_out, read_header
+from weightsmith.formats.safetensors.strictjson import open_regular
+from weightsmith.quant.blocks import row_nbytes
+from weightsmith.types import TensorInfo
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"
+_CODECS = {"int32": "I32", "float16": "F16", "float32": "F32"}
+Parts = dict[str, NDArray[Any]]  # stored tensors of a layer by name within it
+
+
+class Work:
+    """The folder of finished layers: job.json says of which work, layer-NNNNN.safetensors hold them."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+    def begin(self, n_layers: int) -> int:
+        """Make the folder ready and return how many layers are finished; those of other work are thrown away.
+
+        Raises OutputExistsError (something else lies there, or another process is at work).
+        """
+        job = self.folder / JOB
+        if self.folder.exists() and not job.is_file() and any(self.folder.iterdir()):
+            raise OutputExistsError("is in the way of unfinished work", path=self.folder, hint="Remove it first.")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputExistsError("another process is at work on this output", path=self.folder) from error
+        if job.is_file() and job.read_text(encoding="utf-8") != self.fingerprint:
+            log.warning("%s holds unfinished layers of other work, which are dropped", self.folder)
+            for file in self.folder.glob("layer-*.safetensors"):
+                file.unlink()
+        write_text(job, self.fingerprint)
+        done = 0
+        while done < n_layers and self._file(done).is_file():
+            done += 1
+        if done:
+            log.info("%d of %d layers are finished already", done, n_layers)
+        return done
+
+    def store(self, index: int, parts: Parts) -> None:
+        """Write a finished layer."""
+        infos = []
+        for name, value in parts.items():
+            codec = _CODECS[str(value.dtype)]
+            rows = int(np.prod(value.shape[:-1], dtype=np.int64))
+            infos.append(TensorInfo(name, value.shape, codec, rows * row_nbytes(codec, value.shape[-1])))
+        start, offsets = lay_out(infos)
+        file = AtomicFile(self._file(index), len(start) + sum(info.nbytes for info in infos), overwrite=True)
+        try:
+            file.write(0, start)
+            for name, value in parts.items():
+                file.write(offsets[name], np.ascontiguousarray(value).tobytes())
+        except BaseException:
+            file.abort()
+            raise
+        file.commit()
+
+    def load(self, index: int) -> Parts:
+        """Read a finished layer."""
+        path = self._file(index)
+        handle, size = open_regular(path)
+        try:
+            found = {}
+            dtypes = {codec: np.dtype(name) for name, codec in _CODECS.items()}
+            for name, info in read_header(handle, size, path=path).tensors.items():
+                data = os.pread(handle, info.nbytes, info.offset)
+                if len(data) != info.nbytes:
+                    raise IntegrityError("the file became shorter while it was read", path=path, tensor=name)
+                found[name] = np.frombuffer(bytearray(data), dtypes[info.codec]).reshape(info.shape)
+            return found
+        finally:
+            os.close(handle)
+
+    def weights(
+        self, index: int, layout: Layout, linears: Mapping[str, tuple[int, int]], prefix: str
+    ) -> dict[str, Tensor]:
+        """What a finished layer computes with, float32 by name within it: linears, and vectors that were changed."""
+        parts = self.load(index)
+        found = {name: torch.from_numpy(value) for name, value in parts.items() if name.endswith((".weight", ".bias"))}
+        for name, shape in linears.items():
+            if name.startswith(prefix):
+                key = name.removeprefix(prefix)
+                stem = key.removesuffix(".weight")
+
+                def load(suffix: str, begin: int, end: int, stem: str = stem) -> NDArray[Any]:
+                    return np.ascontiguousarray(parts[f"{stem}.{suffix}"][..., begin:end])
+
+                has_index = f"{stem}.g_idx" in parts
+                found[key] = torch.from_numpy(layout.rows(load, shape, 0, shape[0], has_index=has_index))
+        return found
+
+    def remove(self) -> None:
+        """Remove the folder; the checkpoint is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

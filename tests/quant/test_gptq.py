@@ -1,0 +1,260 @@
+"""GPTQ against optimal brain surgery written as plain loops, and what it promises about its loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from weightsmith.errors import IntegrityError, UnsupportedError, UsageError
+from weightsmith.quant.algorithms import gptq, rtn
+from weightsmith.quant.algorithms.gptq import Method
+from weightsmith.quant.algorithms.rtn import Grid
+
+GRIDS = [Grid(bits, size, sym) for bits in (2, 3, 4, 8) for size in (-1, 16) for sym in (True, False)]
+ORDERS = [("none", True), ("none", False), ("act", True), ("act", False), ("group", True), ("group", False)]
+
+
+def problem(columns: int = 48, rows: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float64 [rows, columns] and moments of correlated inputs of very different sizes."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((columns, columns)) / np.sqrt(columns) + np.diag(rng.uniform(0.2, 3, columns))
+    x = rng.standard_normal((400, columns)) @ mix
+    w = rng.standard_normal((rows, columns)) * (1 + 4 * (rng.random((rows, columns)) > 0.97))
+    return torch.from_numpy(w), torch.from_numpy(x.T @ x)
+
+
+def slow_gptq(
+    w: np.ndarray, h: np.ndarray, order: list[int], scales: np.ndarray, zeros: np.ndarray, top: int
+) -> np.ndarray:
+    """Codes by optimal brain surgery: the inverse of H over the open columns is whole and shrinks by one each time.
+
+    w [out, in]; scales, zeros: one per weight; order: of rounding. Float64, one weight at a time.
+    """
+    w = w.copy()
+    codes = np.zeros(w.shape, np.int64)
+    inverse = np.linalg.inv(h)
+    still = list(order)
+    for column in order:
+        still.remove(column)
+        for row in range(len(w)):
+            s, z = scales[row, column], zeros[row, column]
+            code = min(max(round(w[row, column] / s) + z, 0), top)
+            codes[row, column] = code
+            error = w[row, column] - (code - z) * s
+            for other in still:
+                w[row, other] -= error * inverse[column, other] / inverse[column, column]
+        inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return codes
+
+
+def damped_by_hand(h: torch.Tensor, share: float) -> np.ndarray:
+    return h.numpy() + share * h.numpy().diagonal().mean() * np.eye(len(h))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("order", ["none", "act", "group"])
+def test_codes_are_those_of_brain_surgery(grid: Grid, order: str) -> None:
+    w, h = problem()
+    found = gptq.quantize(w, h, grid, Method(order, static_groups=True, damp=0.02, sweeps=0))
+    ranks = gptq.order_of(h.diagonal(), grid, order).tolist()
+    places = np.arange(w.shape[1]) // grid.size(w.shape[1])
+    scales, zeros = found.scales.double().numpy()[:, places], found.zeros.numpy().astype(int)[:, places]
+    expected = slow_gptq(w.numpy(), damped_by_hand(h, 0.02), ranks, scales, zeros, grid.top)
+    np.testing.assert_array_equal(found.codes.numpy(), expected)
+    np.testing.assert_array_equal(found.g_idx.numpy(), places)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = problem(columns=80)
+    for order, static in ORDERS:
+        whole = gptq.quantize(w, h, Grid(4, 16), Method(order, static))
+        monkeypatch.setattr(gptq, "BLOCK", 16)
+        cut = gptq.quantize(w, h, Grid(4, 16), Method(order, static))
+        monkeypatch.undo()
+        assert torch.equal(whole.codes, cut.codes)
+        assert torch.equal(whole.scales, cut.scales)
+
+
+@pytest.mark.parametrize(("order", "static"), ORDERS)
+@pytest.mark.parametrize(
+    "grid", [Grid(bits, size, sym) for bits in (2, 4) for size in (-1, 16, 20) for sym in (True, False)], ids=str
+)
+def test_it_loses_less_than_rounding_and_sweeps_never_hurt(order: str, static: bool, grid: Grid) -> None:
+    w, h = problem()
+    losses = [gptq.loss_of(w, rtn.quantize(w, grid).dequantize(), h)]
+    for sweeps in (0, 1, 3):
+        found = gptq.quantize(w, h, grid, Method(order, static, sweeps=sweeps))
+        losses.append(gptq.loss_of(w, found.dequantize(), h))
+    assert losses[1] < 0.9 * losses[0]
+    # The loss that sweeps lower includes damping, so the bare one may rise by a trace.
+    assert losses[2] < losses[1] * 1.001
+    assert losses[3] < losses[2] * 1.001
+    assert losses[3] < losses[1]
+
+
+def test_a_sweep_lowers_the_damped_loss_step_by_step() -> None:
+    w, h = problem()
+    grid = Grid(3, 16, sym=False)
+    found = gptq.quantize(w, h, grid, Method(sweeps=0))
+    matrix = torch.from_numpy(damped_by_hand(h, 0.01))
+    scales, zeros = found.scales.T.double().contiguous(), found.zeros.T.double()
+    codes = found.codes.T.contiguous()
+    q = (codes - zeros[found.g_idx]) * scales[found.g_idx]
+    descent = gptq._Descent(matrix, q, matrix @ (w.T - q), codes, scales, zeros, grid, found.g_idx)
+    losses = [gptq.loss_of(w, descent.q.T, matrix)]
+    for step in (descent.move_scales, descent.move_codes, descent.move_scales, descent.move_codes):
+        step()
+        losses.append(gptq.loss_of(w, descent.q.T, matrix))
+        torch.testing.assert_close(descent.q, (descent.codes - zeros[found.g_idx]) * scales[found.g_idx])
+        torch.testing.assert_close(descent.slope, matrix @ (w.T - descent.q), rtol=1e-6, atol=1e-6)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_a_tiny_matrix_comes_near_the_best_of_all_codes() -> None:
+    """Every assignment of 2-bit codes to four columns, with the scales that were found."""
+    w, h = problem(columns=4, rows=6)
+    grid = Grid(2, -1, sym=False)
+    found = gptq.quantize(w, h, grid, Method(damp=1e-6, sweeps=8))
+    best = 0.0
+    for row in range(len(w)):
+        scale, zero = float(found.scales[row, 0]), int(found.zeros[row, 0])
+        errors = [w[row].numpy() - (np.array(codes) - zero) * scale for codes in itertools.product(range(4), repeat=4)]
+        best += min(float(error @ h.numpy() @ error) for error in errors)
+    loss = gptq.loss_of(w, found.dequantize(), h)
+    assert best <= loss * (1 + 1e-9)
+    assert loss < 1.1 * best
+
+
+@pytest.mark.parametrize(("order", "static"), ORDERS)
+def test_g_idx(order: str, static: bool) -> None:
+    w, h = problem()
+    found = gptq.quantize(w, h, Grid(4, 16), Method(order, static))
+    trivial = torch.arange(48) // 16
+    if Method(order, static).scatters:
+        assert not torch.equal(found.g_idx, trivial)
+        assert torch.bincount(found.g_idx).tolist() == [16, 16, 16]
+        ranks = torch.argsort(h.diagonal(), descending=True)
+        assert found.g_idx[ranks].tolist() == trivial.tolist()
+    else:
+        assert torch.equal(found.g_idx, trivial)
+
+
+def test_group_order_keeps_groups_together() -> None:
+    _, h = problem()
+    ranks = gptq.order_of(h.diagonal(), Grid(4, 16), "group")
+    assert sorted(ranks.tolist()) == list(range(48))
+    groups = (ranks // 16).tolist()
+    assert [len(list(run)) for _, run in itertools.groupby(groups)] == [16, 16, 16]
+    for begin in (0, 16, 32):
+        inside = h.diagonal()[ranks[begin : begin + 16]]
+        assert torch.equal(inside, inside.sort(descending=True).values)
+
+
+def test_damping_rises_until_there_is_a_factor() -> None:
+    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = x.T @ x  # of rank 3
+    matrix, u, share = gptq.damped(h, 0.01)
+    assert share == 0.01
+    torch.testing.assert_close(u.T @ u, torch.linalg.inv(matrix))
+    assert torch.equal(u, u.triu())
+    indefinite = h - 0.05 * h.diagonal().mean() * torch.eye(16)
+    matrix, _, share = gptq.damped(indefinite, 0.01)
+    assert share == pytest.approx(0.0625)
+    torch.testing.assert_close(matrix, indefinite + share * indefinite.diagonal().mean() * torch.eye(16))
+    with pytest.raises(IntegrityError, match="no Cholesky factor"):
+        gptq.damped(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
+    with pytest.raises(IntegrityError, match="zero or not finite"):
+        gptq.damped(torch.zeros(4, 4), 0.01)
+
+
+def test_dead_columns_keep_their_weights() -> None:
+    w, h = problem()
+    h[5], h[:, 5] = 0, 0
+    found = gptq.quantize(w, h, Grid(8, 16), Method())
+    alive = found.dequantize().double()
+    assert (alive[:, 5] - w[:, 5]).abs().max() < 0.05
+    assert w[:, 5].abs().max() > 1
+
+
+def test_the_same_input_gives_the_same_bytes_and_is_left_alone() -> None:
+    w, h = problem()
+    w, h = w.float(), h.float()
+    before = w.clone(), h.clone()
+    one, other = (gptq.quantize(w, h, Grid(4, 16)) for _ in range(2))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scales, other.scales)
+    assert torch.equal(w, before[0])
+    assert torch.equal(h, before[1])
+
+
+def test_scales_are_halves_and_codes_fit() -> None:
+    w, h = problem()
+    for grid in GRIDS:
+        found = gptq.quantize(w.float() * 1e-3, h.float(), grid)
+        assert torch.equal(found.scales, found.scales.half().float())
+        assert found.codes.max() <= grid.top
+        assert found.scales.dtype == torch.float32
+        if grid.sym:
+            assert (found.zeros == grid.middle).all()
+
+
+def test_search_is_never_worse_than_the_reference_in_any_group() -> None:
+    w, h = problem(columns=64, rows=50)
+    for grid in GRIDS:
+        places = grid.places(64)
+        losses = []
+        for importance in (None, h.diagonal()):
+            q = rtn.quantize(w, grid, importance).dequantize()
+            per_weight = (w - q) ** 2 * h.diagonal()
+            losses.append(torch.zeros(50, grid.groups(64), dtype=torch.float64).index_add_(1, places, per_weight))
+        assert (losses[1] <= losses[0] * (1 + 1e-9)).all()
+        assert losses[1].sum() < (0.99 if grid.bits < 8 else 1) * losses[0].sum()
+
+
+def test_rounding_by_hand() -> None:
+    w = torch.tensor([[-1.5, -0.2, 0.7, 1.5], [0.0, 0.0, 0.0, 0.0]])
+    found = rtn.quantize(w, Grid(4, 2))
+    assert found.scales.tolist() == [[pytest.approx(0.2, rel=1e-3), pytest.approx(0.2, rel=1e-3)], [0, 0]]
+    assert found.codes.tolist() == [[0, 7, 12, 15], [8, 8, 8, 8]]
+    assert found.dequantize()[1].tolist() == [0, 0, 0, 0]
+    asym = rtn.quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2, -1, sym=False))
+    assert (asym.codes.tolist(), asym.zeros.tolist()) == ([[0, 1, 2, 3]], [[0]])
+    above = rtn.quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2, -1, sym=False, least_zero=1))
+    assert above.zeros.tolist() == [[1]]
+
+
+def test_negative_scales_use_the_extra_code() -> None:
+    w = torch.tensor([[8.0, 1.0, -7.0, 3.0]])
+    found = rtn.quantize(w, Grid(4, -1), torch.ones(4))
+    assert found.scales.item() == -1
+    assert torch.equal(found.dequantize(), w)
+
+
+def test_what_is_wrong_is_named() -> None:
+    w, h = problem()
+    w[3, 4] = torch.nan
+    for run in (lambda: gptq.quantize(w, h, Grid()), lambda: rtn.quantize(w, Grid())):
+        with pytest.raises(IntegrityError, match="NaN or Inf"):
+            run()
+    w, h = problem()
+    with pytest.raises(UsageError, match="second moments"):
+        gptq.quantize(w, h[:4, :4], Grid())
+    with pytest.raises(UnsupportedError, match="half precision"):
+        gptq.quantize(w * 1e6, h, Grid())
+    for wrong in (lambda: Grid(5), lambda: Grid(4, 0), lambda: Method("zigzag"), lambda: Method(damp=0)):  # type: ignore[arg-type]
+        with pytest.raises(UsageError):
+            wrong()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu() -> None:
+    w, h = problem(columns=256, rows=64)
+    for order, static in ORDERS:
+        here = gptq.quantize(w, h, Grid(4, 32), Method(order, static))
+        there = gptq.quantize(w.cuda(), h.cuda(), Grid(4, 32), Method(order, static))
+        assert (here.codes != there.codes.cpu()).float().mean() < 0.01

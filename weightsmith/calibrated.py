@@ -1,0 +1,95 @@
+"""Calibration as the command line asks for it: importances for GGUF types, GPTQ and AWQ checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import UsageError
+from weightsmith.formats.imatrix import Imatrix
+from weightsmith.types import Reader
+
+# Containers that are made by calibration, and their types (bits).
+PACKED = {"gptq": ("2", "3", "4", "8"), "awq": ("4",)}
+_SWEEPS = {"fast": 0, "normal": 2, "best": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The text and how it is used. rows: windows of `ctx` tokens drawn from it. group_size and sym: of GPTQ and AWQ."""
+
+    text: Path
+    rows: int = 128
+    ctx: int = 512
+    seed: int = 0
+    group_size: int = 128
+    sym: bool = True
+    device: str = "cpu"
+    memory: int | None = None
+    threads: int | None = None
+
+    def read(self) -> str:
+        """The text; UsageError if it is no UTF-8."""
+        try:
+            return self.text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"not UTF-8 at byte {error.start}", path=self.text, hint="Convert it first.") from error
+
+    def record(self) -> dict[str, Any]:
+        """What decides the result, as plain values: the text by its digest, never by its path."""
+        digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
+        kept = {"rows": self.rows, "ctx": self.ctx, "seed": self.seed, "group_size": self.group_size, "sym": self.sym}
+        return {"text": f"sha256:{digest}", **kept}
+
+
+def importances(reader: Reader, calibration: Calibration, *, pre: str | None = None, output: bool = False) -> Imatrix:
+    """Measure an imatrix of the whole model, layer by layer. output: of the output matrix too."""
+    from weightsmith.evals.calibration import imatrix  # noqa: PLC0415  (loads torch)
+
+    return imatrix(reader, calibration.read(), _options(calibration, pre), output=output, dataset=calibration.text.name)
+
+
+def packed(  # noqa: PLR0913  (every choice, all by keyword)
+    reader: Reader,
+    out: Path,
+    container: str,
+    bits: int,
+    calibration: Calibration,
+    *,
+    effort: str,
+    overwrite: bool,
+    notes: Mapping[str, str],
+    pre: str | None = None,
+    split_bytes: int | None = None,
+) -> Path:
+    """Quantize with GPTQ's error feedback and write a GPTQ or AWQ checkpoint; finished layers survive a stop."""
+    from weightsmith.evals.calibration.packed import PackedOptions, quantize_packed  # noqa: PLC0415  (loads torch)
+    from weightsmith.quant.algorithms.gptq import Method  # noqa: PLC0415
+    from weightsmith.quant.algorithms.rtn import Grid  # noqa: PLC0415
+
+    options = PackedOptions(
+        grid=Grid(bits, calibration.group_size, calibration.sym),
+        method=Method(sweeps=_SWEEPS[effort]),
+        calibration=_options(calibration, pre),
+        checkpoint_format=container,
+        scaled=effort != "fast",
+        split_bytes=split_bytes,
+    )
+    return quantize_packed(reader, out, calibration.read(), options, overwrite=overwrite, notes=notes).path
+
+
+def _options(calibration: Calibration, pre: str | None) -> Any:
+    from weightsmith.evals.calibration import Options  # noqa: PLC0415
+
+    return Options(
+        rows=calibration.rows,
+        ctx=calibration.ctx,
+        seed=calibration.seed,
+        device=calibration.device,
+        memory=calibration.memory or 1 << 30,
+        threads=calibration.threads,
+        pre=pre,
+    )
