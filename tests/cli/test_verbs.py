@@ -272,7 +272,7 @@ def slow_conversion(folder: Path, out: Path, home: Path) -> subprocess.Popen[str
     )
     env = os.environ | {"WEIGHTSMITH_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=heed_interrupts)
+    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509  (no thread here holds a lock)
 
 
 def heed_interrupts() -> None:
