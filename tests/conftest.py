@@ -14,6 +14,7 @@ for _name, _path in (
     ("WEIGHTSMITH_DEMO_GGUF", ASSETS / "demo.gguf"),
     ("WEIGHTSMITH_LLAMA3_TOKENIZER", ASSETS / "llama3-tokenizer.model"),
     ("WEIGHTSMITH_LLAMA_CPP", ASSETS / "llama.cpp"),
+    ("WEIGHTSMITH_WHEELS", ASSETS),
 ):
     if _path.exists():
         os.environ.setdefault(_name, str(_path))

@@ -24,6 +24,7 @@ from weightsmith.errors import (
     UsageError,
     WeightsmithError,
 )
+from weightsmith.locate import locate
 from weightsmith.store import RECORD
 
 
@@ -293,14 +294,14 @@ def test_locate(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     origin = {"kind": "hf", "repo": "o/r", "commit": "a" * 40, "revision": "main"}
     entry = put(catalog, "m:original", origin=origin)
     for text in ("m", "m:original", "hf://o/r", "hf://o/r@main", f"hf://o/r@{'a' * 40}"):
-        found = catalog.locate(text)
+        found = locate(text, catalog)
         assert (found.path, found.entry, found.kind) == (entry.path, entry, "catalog"), text
     for path in (entry.path, entry.folder):
-        assert catalog.locate(str(path)).entry == entry
+        assert locate(str(path), catalog).entry == entry
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").write_bytes(model("file"))
-    assert catalog.locate("m").kind == "catalog"
-    assert (catalog.locate("./m").kind, catalog.locate("./m").entry) == ("path", None)
+    assert locate("m", catalog).kind == "catalog"
+    assert (locate("./m", catalog).kind, locate("./m", catalog).entry) == ("path", None)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_locate(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_locate_tells_what_to_run(catalog: Catalog, text: str, words: str) -> None:
     with pytest.raises(NotFoundError) as caught:
-        catalog.locate(text)
+        locate(text, catalog)
     assert words in str(caught.value)
     assert "secret" not in str(caught.value)
     assert caught.value.exit_code == 7
@@ -326,15 +327,16 @@ def test_locate_tells_what_to_run(catalog: Catalog, text: str, words: str) -> No
 @pytest.mark.parametrize("text", ["", "A B", "x:y:z", "ftp://x/y", "hf://x"])
 def test_locate_refuses(catalog: Catalog, text: str) -> None:
     with pytest.raises(UsageError):
-        catalog.locate(text)
+        locate(text, catalog)
 
 
 def test_listing_is_light(catalog: Catalog) -> None:
     put(catalog, "m:t")
     code = (
         "import sys\nfrom pathlib import Path\nfrom weightsmith.catalog import Catalog\n"
+        "from weightsmith.locate import locate\n"
         f"assert [e.ref for e in Catalog(Path({str(catalog.home)!r})).list()] == ['m:t']\n"
-        f"assert Catalog(Path({str(catalog.home)!r})).locate('m').entry\n"
+        f"assert locate('m', Catalog(Path({str(catalog.home)!r}))).entry\n"
         "heavy = {'torch', 'numba', 'gguf', 'tokenizers', 'huggingface_hub', 'yaml', 'ssl', 'weightsmith.formats'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -15,12 +15,19 @@ FOLDERS = ("weightsmith", "formats", "quant", "evals")
 # A module may import its own layer and those before it.
 LAYERS = (
     ("weightsmith._version", "weightsmith.errors", "weightsmith.types", "weightsmith.progress"),
-    ("weightsmith.atomic", "weightsmith.safename"),
+    ("weightsmith.atomic", "weightsmith.safename", "weightsmith.suggest"),
     ("weightsmith.quant",),
     ("weightsmith.formats",),
     ("weightsmith.evals",),
     (
-        *("weightsmith.catalog", "weightsmith.store", "weightsmith.sources", "weightsmith.pull", "weightsmith.derive"),
+        *(
+            "weightsmith.catalog",
+            "weightsmith.store",
+            "weightsmith.locate",
+            "weightsmith.sources",
+            "weightsmith.pull",
+            "weightsmith.derive",
+        ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
     ),
     ("weightsmith.cli", "weightsmith.__main__"),

@@ -36,10 +36,10 @@ from weightsmith.errors import (
 )
 from weightsmith.progress import progress
 from weightsmith.safename import check_name
-from weightsmith.sources.locate import Located, did_you_mean
 from weightsmith.store import RECORD, Entry, File, digest_of, read_record, record_text
+from weightsmith.suggest import did_you_mean
 
-__all__ = ["Catalog", "Entry", "File", "Located", "Removed", "Reservation", "tag_for"]
+__all__ = ["Catalog", "Entry", "File", "Removed", "Reservation", "tag_for"]
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +120,6 @@ class Catalog:
     def path(self, ref: str) -> Path:
         """What to open for `ref`: the GGUF file (the first of its splits), else the folder."""
         return self.get(ref).path
-
-    def locate(self, text: str, *, registry: Path | None = None) -> Located:
-        """Find the checkpoint that the SOURCE `text` means, as `sources.locate.locate` does. Fetches nothing."""
-        from weightsmith.sources.locate import locate  # noqa: PLC0415
-
-        return locate(text, self, registry=registry)
 
     def add(self, name: str, tag: str, prepared: Path, *, overwrite: bool = False, **record: Any) -> Entry:
         """Take the finished file or folder `prepared` in as `name:tag`, by link where possible; it stays where it is.

@@ -51,6 +51,7 @@ def command(
     from weightsmith.catalog import Catalog
     from weightsmith.evals import perplexity
     from weightsmith.evals.ruler import Ruler
+    from weightsmith.locate import locate
 
     ruler = Ruler(
         convention=convention,
@@ -60,7 +61,7 @@ def command(
         threads=threads,
         max_windows=windows,
     )
-    reader = formats.open_reader(Catalog().locate(source).path, allow_pickle=allow_pickle)
+    reader = formats.open_reader(locate(source, Catalog()).path, allow_pickle=allow_pickle)
     begun = time.monotonic()
     try:
         measured = perplexity.measure(reader, evaluation_text(text), ruler)

@@ -47,9 +47,10 @@ def command(
     from weightsmith.calibrated import Calibration, importances
     from weightsmith.catalog import Catalog
     from weightsmith.formats import imatrix
+    from weightsmith.locate import locate
 
     refuse_existing(output, overwrite=force)
-    reader = formats.open_reader(Catalog().locate(source).path, allow_pickle=allow_pickle)
+    reader = formats.open_reader(locate(source, Catalog()).path, allow_pickle=allow_pickle)
     begun = time.monotonic()
     try:
         calibration = Calibration(text, rows=rows, ctx=ctx, device=torch_device(device))

@@ -14,6 +14,7 @@ from weightsmith.cli.output import emit
 def command(model: str, as_json: bool) -> None:
     """Print the path of MODEL: the GGUF file, or the folder of a safetensors checkpoint."""
     from weightsmith.catalog import Catalog
+    from weightsmith.locate import locate
 
-    path = Catalog().locate(model).path
+    path = locate(model, Catalog()).path
     emit({"path": str(path)}, str(path), as_json=as_json)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith import jobs
-from weightsmith.catalog import Catalog, Located
+from weightsmith.catalog import Catalog
 from weightsmith.cli.output import emit, fields, size_text, table
 from weightsmith.derive import derive
 from weightsmith.errors import UsageError
+from weightsmith.locate import Located, locate
 
 
 def produce(
@@ -27,7 +28,7 @@ def produce(
 ) -> None:
     """Make `target` from `source` and print what was made."""
     catalog = Catalog()
-    located = catalog.locate(source)
+    located = locate(source, catalog)
     if dry_run:
         planned = jobs.plan(located.path, target, options)
         emit(_result(planned) | {"dry_run": True}, _text(planned, "would make"), as_json=as_json)

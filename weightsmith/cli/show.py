@@ -26,9 +26,10 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
     """
     from weightsmith import formats
     from weightsmith.catalog import Catalog
+    from weightsmith.locate import locate
 
     catalog = Catalog()
-    located = catalog.locate(source)
+    located = locate(source, catalog)
     reader = formats.open_reader(located.path, allow_pickle=allow_pickle)
     try:
         result = describe(reader, tensors=tensors, metadata=metadata)

@@ -21,8 +21,9 @@ from weightsmith.cli.output import emit, table
 from weightsmith.errors import QualityGateError, UsageError
 
 if TYPE_CHECKING:
-    from weightsmith.catalog import Catalog, Located
+    from weightsmith.catalog import Catalog
     from weightsmith.evals.compare import Comparison
+    from weightsmith.locate import Located
 
 
 @click.command("verify")
@@ -53,10 +54,11 @@ def command(
     """
     from weightsmith.catalog import Catalog
     from weightsmith.evals.ruler import Ruler
+    from weightsmith.locate import locate
 
     catalog = Catalog()
-    found = catalog.locate(candidate)
-    original = catalog.locate(against) if against else _root(catalog, found, candidate)
+    found = locate(candidate, catalog)
+    original = locate(against, catalog) if against else _root(catalog, found, candidate)
     ruler = Ruler(convention=convention, ctx=ctx, device=torch_device(device), threads=threads, max_windows=windows)
     begun = time.monotonic()
     measured = _measure(found.path, original.path, evaluation_text(text), ruler, allow_pickle)
@@ -74,10 +76,12 @@ def command(
 
 
 def _root(catalog: Catalog, found: Located, candidate: str) -> Located:
+    from weightsmith.locate import locate
+
     chain = catalog.lineage(found.entry.ref) if found.entry is not None else []
     if len(chain) < 2:
         raise UsageError(f"what {candidate!r} was made from is not known", hint="Pass --against ORIGINAL.")
-    return catalog.locate(chain[-1].ref)
+    return locate(chain[-1].ref, catalog)
 
 
 def _measure(candidate: Path, original: Path, text: str, ruler: Any, allow_pickle: bool) -> Comparison:

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import NotFoundError, UsageError, WeightsmithError
-from weightsmith.sources.locate import did_you_mean
 from weightsmith.sources.source import COMMIT, NAME, SHA256, parse
+from weightsmith.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 

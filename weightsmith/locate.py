@@ -12,18 +12,15 @@ A catalog name wins over a file of the same name; `./name` means the file.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from weightsmith.catalog import Catalog
 from weightsmith.errors import NotFoundError, UsageError
 from weightsmith.sources.source import NAME, bare_url, looks_like_path, parse
 from weightsmith.store import Entry
-
-if TYPE_CHECKING:
-    from weightsmith.catalog import Catalog
+from weightsmith.suggest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +30,6 @@ class Located:
     path: Path
     entry: Entry | None
     kind: Literal["catalog", "path"]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with up to three of the names `known` that look like `name`, or ""."""
-    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
 def locate(text: str, catalog: Catalog, *, registry: Path | None = None) -> Located:
