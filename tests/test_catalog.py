@@ -51,7 +51,7 @@ def test_reserve_and_commit(catalog: Catalog) -> None:
     assert (entry.ref, entry.container, entry.licence, entry.origin) == ("m:original", "gguf", "MIT", origin)
     assert entry.path == catalog.models / "m" / "original" / "model.gguf"
     assert entry.path.read_bytes() == model()
-    assert catalog.list() == [entry] == [catalog.get("m")]
+    assert catalog.entries() == [entry] == [catalog.get("m")]
     assert catalog.path("m:original") == entry.path
     assert catalog.has("m", "original")
     assert not catalog.has("m", "q4_0")
@@ -70,7 +70,7 @@ def test_nothing_appears_without_commit(catalog: Catalog) -> None:
         (reservation.folder / "m.gguf").write_bytes(b"no checkpoint")
         with pytest.raises(UnsupportedError):
             reservation.commit()
-    assert catalog.list() == []
+    assert catalog.entries() == []
     assert not list((catalog.home / "staging").glob("[!.]*"))
 
 
@@ -190,7 +190,7 @@ def test_remove(catalog: Catalog) -> None:
     put(catalog, "m:q4_0", "b", root)
     with pytest.raises(UsageError, match="m:q4_0 came from"):
         catalog.remove("m:original")
-    assert len(catalog.list()) == 2
+    assert len(catalog.entries()) == 2
     put(catalog, "copy:original", "a")
     size = root.nbytes + (root.folder / RECORD).stat().st_size
     assert catalog.remove("m:original").freed == size
@@ -214,7 +214,7 @@ def test_damaged_record(catalog: Catalog, caplog: pytest.LogCaptureFixture, text
     good, bad = put(catalog, "good:t", "a"), put(catalog, "bad:t", "b")
     (bad.folder / RECORD).write_text(text)
     with caplog.at_level(logging.WARNING):
-        assert catalog.list() == [good]
+        assert catalog.entries() == [good]
     assert str(bad.folder / RECORD) in caplog.text
     with pytest.raises(IntegrityError) as caught:
         catalog.get("bad")
@@ -230,7 +230,7 @@ def test_planted_links_are_not_entries(catalog: Catalog, tmp_path: Path) -> None
     entry = put(catalog, "m:t")
     (catalog.models / "m" / "u").symlink_to(entry.folder)
     (catalog.models / "n").symlink_to(entry.folder.parent)
-    assert catalog.list() == [entry]
+    assert catalog.entries() == [entry]
 
 
 def test_a_run_killed_between_two_renames_is_repaired(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +238,9 @@ def test_a_run_killed_between_two_renames_is_repaired(catalog: Catalog, monkeypa
     monkeypatch.setattr(catalog_module, "sync_folder", lambda path: None)
     os.replace(first.folder, first.folder.with_name(".t.old"))
     (catalog.models / "m" / ".gone.gone").mkdir()
-    assert catalog.list() == []
+    assert catalog.entries() == []
     put(catalog, "m:u", "b")
-    assert [entry.ref for entry in catalog.list()] == ["m:t", "m:u"]
+    assert [entry.ref for entry in catalog.entries()] == ["m:t", "m:u"]
     assert sorted(path.name for path in (catalog.models / "m").iterdir()) == ["t", "u"]
 
 
@@ -287,7 +287,7 @@ def test_processes_at_once(catalog: Catalog, tmp_path: Path) -> None:
     command = [sys.executable, "-c", ADD, str(catalog.home), str(tmp_path / "x.gguf")]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [run.communicate()[1] for run in runs] == [""] * 3
-    assert [entry.ref for entry in catalog.list()] == [f"m{k}:t" for k in range(5)]
+    assert [entry.ref for entry in catalog.entries()] == [f"m{k}:t" for k in range(5)]
 
 
 def test_locate(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_listing_is_light(catalog: Catalog) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom weightsmith.catalog import Catalog\n"
         "from weightsmith.locate import locate\n"
-        f"assert [e.ref for e in Catalog(Path({str(catalog.home)!r})).list()] == ['m:t']\n"
+        f"assert [e.ref for e in Catalog(Path({str(catalog.home)!r})).entries()] == ['m:t']\n"
         f"assert locate('m', Catalog(Path({str(catalog.home)!r}))).entry\n"
         "heavy = {'torch', 'numba', 'gguf', 'tokenizers', 'huggingface_hub', 'yaml', 'ssl', 'weightsmith.formats'}\n"
         "print(sorted(heavy & set(sys.modules)))"

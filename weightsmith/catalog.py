@@ -80,7 +80,7 @@ class Catalog:
         self.home = store.home() if home is None else home
         self.models = self.home / "models"
 
-    def list(self) -> list[Entry]:
+    def entries(self) -> list[Entry]:
         """Every entry, by name and tag. A damaged record is warned about and left out."""
         entries = []
         for folder in self._folders():
@@ -172,7 +172,7 @@ class Catalog:
 
         Ends early where a parent is not in the catalog any more: the last entry's `parent` then is not None.
         """
-        chain, known = [self.get(ref)], {entry.digest: entry for entry in self.list()}
+        chain, known = [self.get(ref)], {entry.digest: entry for entry in self.entries()}
         while (parent := chain[-1].parent) in known and known[parent] not in chain:
             chain.append(known[parent])
         return chain
@@ -191,7 +191,7 @@ class Catalog:
         return check_word(name, "name"), check_word(tag, "tag") if mark else None
 
     def _refuse_orphans(self, entry: Entry, *, force: bool) -> None:
-        others = [other for other in self.list() if other.ref != entry.ref]
+        others = [other for other in self.entries() if other.ref != entry.ref]
         children = [other.ref for other in others if other.parent == entry.digest]
         twin = any(other.digest == entry.digest for other in others)
         if children and not twin and not force:

@@ -57,7 +57,7 @@ def locate(text: str, catalog: Catalog, *, registry: Path | None = None) -> Loca
 
 def _pulled(text: str, catalog: Catalog) -> Located:
     source = parse(text)
-    for entry in catalog.list():
+    for entry in catalog.entries():
         origin = entry.origin
         if source.kind == "hf":
             same = origin.get("repo") == source.target
@@ -92,6 +92,6 @@ def _unknown(text: str, catalog: Catalog, registry: Path | None) -> NotFoundErro
     if name in known:
         then = f", then make {text} with convert or quantize" if tag not in ("", "original") else ""
         return NotFoundError(f"{name} was not pulled yet", hint=f"Run: weightsmith pull {name}{then}")
-    names = {entry.name for entry in catalog.list()} | set(known)
+    names = {entry.name for entry in catalog.entries()} | set(known)
     hint = did_you_mean(name, names) or "`weightsmith list` shows the catalog; pull takes names, paths and URLs."
     return NotFoundError(f"no model, file or registry name {text!r}", hint=hint)

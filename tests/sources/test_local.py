@@ -66,7 +66,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, llama_files: dict[s
     (folder / "tokenizer_config.json").symlink_to(secret)
     with pytest.raises(UnsafeInputError):
         take(catalog, str(folder))
-    assert catalog.list() == []
+    assert catalog.entries() == []
 
 
 def test_hub_cache_snapshot(tmp_path: Path, llama_files: dict[str, bytes], catalog: Catalog) -> None:

@@ -14,7 +14,7 @@ def command(as_json: bool) -> None:
     """List the catalog."""
     from weightsmith.catalog import Catalog
 
-    entries = Catalog().list()
+    entries = Catalog().entries()
     result = [
         {
             "ref": entry.ref,

@@ -16,7 +16,7 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes: 5GB, 512MiB, 1000000."""
 
     name = "size"
@@ -65,7 +65,7 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
     from weightsmith.sources.registry import load
 
     catalog = Catalog()
-    names = [entry.ref for entry in catalog.list()] + list(load(home=catalog.home).entries)
+    names = [entry.ref for entry in catalog.entries()] + list(load(home=catalog.home).entries)
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
 

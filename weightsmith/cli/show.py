@@ -93,8 +93,8 @@ def _model(reader: Reader) -> dict[str, Any]:
         config = reader.config
     except WeightsmithError as error:
         return {"unsupported": error.message}
-    names = ("family", "name", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim")
-    names += ("vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "sliding_window", "dtype")
+    names = ["family", "name", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim"]
+    names += ["vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "sliding_window", "dtype"]
     model = {name: getattr(config, name) for name in names}
     if config.rope_scaling is not None:
         model["rope_scaling"] = f"{config.rope_scaling.kind}, factor {config.rope_scaling.factor:g}"
