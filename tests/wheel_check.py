@@ -47,7 +47,9 @@ def main(command: str, venv: str) -> None:
             sys.exit(f"the checkout was imported instead of the wheel: {file}")
         if not models or not text or code:
             sys.exit(f"data is missing from the wheel: {models} models, {text} characters of text, exit {code}")
-        help_text = subprocess.run([command, "--help"], cwd=folder, env=env, capture_output=True, text=True, check=True)
+        help_text = subprocess.run(
+            [str(Path(command).resolve()), "--help"], cwd=folder, env=env, capture_output=True, text=True, check=True
+        )
         sys.stdout.write(f"wheel: imported from {Path(file).parent}, {models} registry entries, --help answers\n")
         if "quantize" not in help_text.stdout:
             sys.exit("the command of the wheel lists no verbs")
