@@ -14,6 +14,15 @@ import tempfile
 from pathlib import Path
 
 
+def modules(checkout: Path) -> list[Path]:
+    """Every module of the checkout, as its path inside the installed package."""
+    inside = [path.relative_to(checkout / "weightsmith") for path in (checkout / "weightsmith").rglob("*.py")]
+    roots = [
+        path.relative_to(checkout) for name in ("formats", "quant", "evals") for path in (checkout / name).rglob("*.py")
+    ]
+    return sorted(inside + roots)
+
+
 def main(command: str, venv: str) -> None:
     checkout = Path(__file__).resolve().parent.parent
     purelib = sysconfig.get_path("purelib", vars={"base": str(Path(venv).resolve())})
@@ -45,6 +54,9 @@ def main(command: str, venv: str) -> None:
         file, models, text, code = json.loads(done.stdout.strip().splitlines()[-1])
         if Path(file).is_relative_to(checkout) and "build/wheel" not in file:
             sys.exit(f"the checkout was imported instead of the wheel: {file}")
+        absent = [path for path in modules(checkout) if not (Path(file).parent / path).exists()]
+        if absent:
+            sys.exit(f"missing from the wheel: {', '.join(map(str, absent))}; see `packages` in pyproject.toml")
         if not models or not text or code:
             sys.exit(f"data is missing from the wheel: {models} models, {text} characters of text, exit {code}")
         help_text = subprocess.run(
