@@ -12,4 +12,4 @@ from importlib.resources import files
 
 def default_text() -> str:
     """The embedded evaluation text."""
-    return (files("weightsmith.evals") / "text" / "prose.txt").read_text(encoding="utf-8")
+    return (files("weightsmith.evals") / "prose.txt").read_text(encoding="utf-8")
