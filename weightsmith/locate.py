@@ -12,6 +12,7 @@ A catalog name wins over a file of the same name; `./name` means the file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,8 +45,8 @@ def locate(text: str, catalog: Catalog, *, registry: Path | None = None) -> Loca
     if is_ref and not looks_like_path(text) and catalog.tags(name):
         entry = catalog.get(text)
         return Located(entry.path, entry, "catalog")
-    path = Path(text).expanduser()
-    if text and path.exists():
+    path = Path(os.path.expanduser(text))  # unlike pathlib's, leaves an unknown user's ~name as it is
+    if text and os.path.exists(path):
         return Located(path, _entry_at(path, catalog), "path")
     if looks_like_path(text):
         raise NotFoundError("no such file or folder", path=path)

@@ -138,7 +138,7 @@ def home() -> Path:
     """The folder of the catalog: $WEIGHTSMITH_HOME, else the platform's place for a program's data."""
     given = os.environ.get("WEIGHTSMITH_HOME")
     if given:
-        return Path(given).expanduser().absolute()
+        return Path(os.path.expanduser(given)).absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "weightsmith"
     data = os.environ.get("XDG_DATA_HOME", "")

@@ -193,6 +193,8 @@ def test_every_verb_has_json_and_help(capsys: pytest.CaptureFixture[str]) -> Non
         (["convert", "x"], 2),
         (["convert", "./absent", "--to", "gguf", "-o", "out"], 7),
         (["show", "no-such-model"], 7),
+        (["show", "~no-such-user/model"], 7),
+        (["show", "x/" + "y" * 300], 7),
         (["pull", "llama-9000"], 7),
         (["pull", "ftp://host/file"], 2),
         (["quantize", "smollm2-135m", "--to", "gguf:Q4_0"], 7),

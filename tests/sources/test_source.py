@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from weightsmith.errors import NotFoundError, UnsafeInputError, UsageError, WeightsmithError
@@ -74,6 +74,9 @@ def test_parse_refuses(text: str) -> None:
 
 
 @given(st.text(max_size=60))
+@example("~0")
+@example("~no-such-user/model")
+@example("x" * 5000)
 def test_parse_raises_only_its_own_errors(text: str) -> None:
     for prefix in ("", "hf://", "pypi://", "https://", "http://"):
         try:

@@ -14,6 +14,7 @@ is refused here, before it becomes part of a request or a path.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,9 @@ def parse(text: str) -> Source:
         if scheme in ("http", "https"):
             return _url(text)
         raise UsageError(f"unknown kind of source {scheme}:// in {text!r}", hint="Known: hf://, pypi://, https://.")
-    if looks_like_path(text) or Path(text).expanduser().exists():
-        return Source("path", text, str(Path(text).expanduser()))
+    path = os.path.expanduser(text)  # unlike pathlib's, leaves an unknown user's ~name as it is
+    if looks_like_path(text) or os.path.exists(path):
+        return Source("path", text, str(Path(path)))
     if NAME.fullmatch(text):
         return Source("name", text, text)
     raise UsageError(
