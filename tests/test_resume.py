@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -15,7 +16,8 @@ import pytest
 
 from tests.tiny import write_llama
 from weightsmith.cli.app import run
-from weightsmith.journal import Journal, digest, journal_path
+from weightsmith.journal import Done, Journal, digest, journal_path
+from weightsmith.quant.loss import Loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,6 +132,16 @@ def test_what_does_not_hash_is_done_again(tiny: Path, tmp_path: Path) -> None:
     assert sha256(out) == sha256(fresh)
 
 
+def test_a_resumed_run_reports_the_same_errors(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, whole = tmp_path / "m.gguf", tmp_path / "whole.gguf"
+    assert run([*quantize(tiny, whole), "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)["tensors"]
+    assert stopped(quantize(tiny, out), 20, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert run([*quantize(tiny, out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == wanted
+    assert sum(tensor["error"] is not None for tensor in wanted) > 5
+
+
 def test_in_the_catalog(tiny: Path) -> None:
     home = Path(os.environ["WEIGHTSMITH_HOME"])
     assert run(["pull", str(tiny), "-q"]) == 0
@@ -149,10 +161,10 @@ def test_the_journal_itself(tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     rows = np.arange(64, dtype=np.uint8).reshape(2, 32)
     journal = Journal(out, {"a": 1})
-    journal.add(("t", 0, 2), rows)
+    journal.add(("t", 0, 2), rows, Loss(0.25, 4.0))
     journal.close()
     again = Journal(out, {"a": 1})
-    assert again.known == {("t", 0, 2): digest(rows)}
+    assert again.known == {("t", 0, 2): Done(digest(rows), Loss(0.25, 4.0))}
     again.close()
     other = Journal(out, {"a": 2})
     assert other.known == {}

@@ -28,6 +28,7 @@ from weightsmith.formats.imatrix import Imatrix
 from weightsmith.journal import Journal
 from weightsmith.quant import ARITHMETIC_VERSION
 from weightsmith.quant.blocks import BLOCKS
+from weightsmith.quant.loss import Loss
 from weightsmith.transcode import Work, transcode
 from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
 
@@ -108,6 +109,7 @@ class Report:
     """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan.
 
     notes: where it comes from, as the file itself says it. weights: of the model, where tensors hold packed words.
+    errors: weighted relative error (`quant.loss`) of every tensor that was packed into blocks, by canonical name.
     """
 
     path: Path
@@ -117,6 +119,7 @@ class Report:
     seconds: float = 0.0
     notes: Mapping[str, str] = field(default_factory=dict)
     weights: int | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -202,7 +205,16 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
                 journal.close()
     finally:
         reader.close()
-    return Report(path, str(target), planned.tensors, planned.fallbacks, time.monotonic() - begun, notes)
+    seconds = time.monotonic() - begun
+    return Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes, errors=_errors(work))
+
+
+def _errors(work: Work) -> dict[str, float]:
+    """Relative error by tensor; slabs are added in one order, so that it does not depend on the threads."""
+    sums: dict[str, Loss] = {}
+    for key in sorted(work.losses):
+        sums[key[0]] = sums.get(key[0], Loss()) + work.losses[key]
+    return {name: found.relative for name, found in sums.items()}
 
 
 def _pack(source: Path, target: Target, output: Path, options: Options) -> Report:

@@ -2,9 +2,9 @@
 
 A journal lies beside an unfinished output as `NAME.journal`. Its first line is the fingerprint of the work: source,
 target and every option that decides the bytes; a journal of other work is dropped. Each further line names a slab of
-rows and the SHA-256 of what was written for it. A resumed run reads the slab back and believes it only if the hash
-agrees, so neither a torn last line nor pages that never reached the disk can do harm, and nothing has to be flushed on
-the way.
+rows, the SHA-256 of what was written for it and what it lost (`quant.loss`). A resumed run reads the slab back and
+believes it only if the hash agrees, so neither a torn last line nor pages that never reached the disk can do harm, and
+nothing has to be flushed on the way.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from weightsmith.atomic import disk_errors
+from weightsmith.quant.loss import Loss
 from weightsmith.types import Packed
 
 log = logging.getLogger(__name__)
 
 Key = tuple[str, int, int]  # tensor, first row, row after the last
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished slab: the SHA-256 of its packed rows, and what they lost."""
+
+    sha256: str
+    loss: Loss
 
 
 def journal_path(output: Path) -> Path:
@@ -48,15 +58,15 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Written anew, so that a torn last line cannot swallow the next one.
             self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  (closed by remove and close)
-            lines = [head, *(json.dumps([*key, known]) for key, known in self.known.items())]
+            lines = [head, *(_line(key, done) for key, done in self.known.items())]
             self._file.write("\n".join(lines) + "\n")
             self._file.flush()
 
-    def add(self, key: Key, packed: Packed) -> None:
-        """Note that `packed` was written for the slab `key`."""
-        line = json.dumps([*key, digest(packed)]) + "\n"
+    def add(self, key: Key, packed: Packed, loss: Loss) -> None:
+        """Note that `packed` was written for the slab `key`, and what it lost."""
+        line = _line(key, Done(digest(packed), loss))
         with self._lock, disk_errors(self.path):
-            self._file.write(line)
+            self._file.write(line + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -69,18 +79,22 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def _read(path: Path, head: str) -> dict[Key, str]:
+def _line(key: Key, done: Done) -> str:
+    return json.dumps([*key, done.sha256, *astuple(done.loss)])
+
+
+def _read(path: Path, head: str) -> dict[Key, Done]:
     if os.path.islink(path) or not path.is_file():
         return {}
-    known: dict[Key, str] = {}
+    known: dict[Key, Done] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         if file.readline().rstrip("\n") != head:
             log.info("%s belongs to other work (another source or other options) and is dropped", path)
             return {}
         for line in file:
             try:
-                name, start, stop, value = json.loads(line)
-                known[str(name), int(start), int(stop)] = str(value)
+                name, start, stop, sha256, error, energy = json.loads(line)
+                known[str(name), int(start), int(stop)] = Done(str(sha256), Loss(float(error), float(energy)))
             except (ValueError, TypeError):
                 continue  # a line torn by a kill; its slab is simply done again
     return known

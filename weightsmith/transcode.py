@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.errors import WeightsmithError
-from weightsmith.journal import Journal
+from weightsmith.journal import Journal, Key
 from weightsmith.progress import progress
+from weightsmith.quant import codecs, loss
 from weightsmith.quant.blocks import BLOCKS
+from weightsmith.quant.loss import Loss
 from weightsmith.types import Packed, Reader, TensorInfo, Writer
 
 SLAB_WEIGHTS = 2 * 1024 * 1024  # 8 MiB as float32
@@ -30,6 +32,7 @@ class Work:
     """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit.
 
     importances: float32 [in] by canonical tensor name, for the codecs that search; effort: fast, normal or best.
+    losses: filled with what every slab lost that was packed into blocks, by its key.
     """
 
     threads: int | None = None
@@ -37,6 +40,7 @@ class Work:
     journal: Journal | None = None
     importances: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     effort: str = "normal"
+    losses: dict[Key, Loss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Slab:
     stop: int
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         """Its name in a journal."""
         return self.target.name, self.start, self.stop
 
@@ -109,7 +113,8 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     """Carry one slab; return the bytes written."""
     journal = work.journal
     known = journal.known.get(slab.key) if journal is not None else None
-    if known is not None and writer.holds(slab.target, slab.start, slab.stop, known):
+    if known is not None and writer.holds(slab.target, slab.start, slab.stop, known.sha256):
+        work.losses[slab.key] = known.loss
         return (slab.stop - slab.start) * slab.target.row_bytes
     rows = reader.rows(slab.source.name, slab.start, slab.stop)
     try:
@@ -120,17 +125,19 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
         raise
     writer.write(slab.target, slab.start, packed)
     if journal is not None and slab.is_costly:
-        journal.add(slab.key, packed)
+        journal.add(slab.key, packed, work.losses[slab.key])
     return packed.nbytes
 
 
 def recode(rows: Packed, slab: Slab, work: Work) -> Packed:
     """Stored rows of the source's codec as rows of the target's; equal codecs pass through after a check for NaN."""
     source, target = slab.source, slab.target
-    from weightsmith.quant import codecs  # noqa: PLC0415  (numba is imported by what computes)
-
     if source.codec == target.codec:
         codecs.check_finite(source.codec, rows)
         return rows
     values = codecs.decode(source.codec, rows, source.row_len)
-    return codecs.encode(target.codec, values, importance=work.importances.get(target.name), effort=work.effort)
+    importance = work.importances.get(target.name)
+    packed = codecs.encode(target.codec, values, importance=importance, effort=work.effort)
+    if slab.is_costly:
+        work.losses[slab.key] = loss.measure(target.codec, values, packed, importance)
+    return packed

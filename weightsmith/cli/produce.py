@@ -14,6 +14,7 @@ from weightsmith.cli.output import emit, fields, size_text, table
 from weightsmith.derive import derive
 from weightsmith.errors import UsageError
 from weightsmith.locate import Located, locate
+from weightsmith.types import TensorInfo
 
 
 def produce(
@@ -61,8 +62,22 @@ def _result(report: jobs.Report) -> dict[str, Any]:
         "bpw": round(report.bpw, 4),
         "seconds": round(report.seconds, 2),
         "types": report.types,
+        "tensors": [
+            {
+                "tensor": info.name,
+                "type": info.codec,
+                "bpw": round(_bpw(info), 4),
+                "error": report.errors.get(info.name),
+            }
+            for info in report.tensors
+        ],
         "fallbacks": [{"tensor": name, "wanted": wanted, "got": got} for name, wanted, got in report.fallbacks],
     }
+
+
+def _tensor(report: jobs.Report, info: TensorInfo) -> dict[str, Any]:
+    error = report.errors.get(info.name)
+    return {"tensor": info.name, "type": info.codec, "bpw": round(_bpw(info), 4), "error": error}
 
 
 def _text(report: jobs.Report, title: str) -> str:
@@ -72,13 +87,39 @@ def _text(report: jobs.Report, title: str) -> str:
         "types": ", ".join(f"{count} x {codec}" for codec, count in report.types.items()),
         "seconds": f"{report.seconds:.1f}" if report.seconds else "",
     }
-    if not report.fallbacks:
-        return fields(head)
-    note = "Rows that are no multiple of the block got another type (--strict makes this an error, --json lists all):"
-    return "\n\n".join([fields(head), note, table(_grouped(report.fallbacks), ["tensors", "count", "wanted", "got"])])
+    parts = [fields(head)]
+    if report.errors or not report.seconds:
+        parts.append(_tensors(report))
+    if report.fallbacks:
+        parts.append("Rows that are no multiple of the block got another type (--strict makes this an error):")
+        parts.append(table(_grouped(report.fallbacks), ["tensors", "count", "wanted", "got"]))
+    return "\n\n".join(parts)
+
+
+def _tensors(report: jobs.Report) -> str:
+    """One line for each kind of tensor and type; the error is the range over the layers."""
+    kinds: dict[tuple[str, str], list[TensorInfo]] = {}
+    for info in report.tensors:
+        if len(info.shape) > 1:
+            kinds.setdefault((_kind(info.name), info.codec), []).append(info)
+    rows = []
+    for (kind, codec), infos in kinds.items():
+        errors = [100 * report.errors[info.name] for info in infos if info.name in report.errors]
+        span = sorted({f"{min(errors):.2f}", f"{max(errors):.2f}"}, key=float) if errors else []
+        rows.append((kind, len(infos), codec, f"{_bpw(infos[0]):.3f}", " to ".join(span)))
+    headers = ["tensors", "count", "type", "bpw", "relative error, %"]
+    return table([row if report.errors else row[:4] for row in rows], headers if report.errors else headers[:4])
+
+
+def _bpw(info: TensorInfo) -> float:
+    return 8 * info.nbytes / max(1, info.n_weights)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _grouped(fallbacks: Sequence[tuple[str, str, str]]) -> list[tuple[str, int, str, str]]:
     """The same tensor of many layers as one line."""
-    counts = Counter((re.sub(r"\.\d+\.", ".*.", name), wanted, got) for name, wanted, got in fallbacks)
+    counts = Counter((_kind(name), wanted, got) for name, wanted, got in fallbacks)
     return [(name, count, wanted, got) for (name, wanted, got), count in counts.items()]

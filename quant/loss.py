@@ -1,0 +1,62 @@
+"""How far packed rows are from what they were made of: weighted squared error beside weighted squared weights.
+
+    relative error = sqrt(sum v * (w - q)^2 / sum v * w^2)
+
+with v the importances that the rows were quantized by (an imatrix row), or 1. Both sums add up over rows, so they are
+kept apart until a tensor is complete. Every fourth row is looked at, a few at a time, which stays in the cache: so the
+measure costs a few per cent of the encoding, and a matrix of a hundred thousand weights is known to better than 1 %.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsmith.quant import codecs
+from weightsmith.types import Packed, Rows
+
+EVERY = 4  # rows: one of so many is measured
+_AT_ONCE = 1 << 16  # weights decoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Sums over rows: weighted squared error and weighted squared weights."""
+
+    error: float = 0.0
+    energy: float = 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.error + other.error, self.energy + other.energy)
+
+    @property
+    def relative(self) -> float:
+        """Root of the share that was lost; 0 for rows of zeros that stayed zeros."""
+        if self.error == 0:
+            return 0.0
+        return math.sqrt(self.error / self.energy) if self.energy > 0 else math.inf
+
+
+def measure(codec: str, rows: Rows, packed: Packed, importance: NDArray[np.float32] | None = None) -> Loss:
+    """What `packed` (of `codec`, uint8 [rows, row_bytes]) lost of `rows`; importance float32 [row_len] or None."""
+    step = EVERY * max(1, _AT_ONCE // max(1, rows.shape[1]))
+    error = energy = 0.0
+    for start in range(0, len(rows), step):
+        wanted = rows[start : start + step : EVERY]
+        lost = codecs.decode(codec, packed[start : start + step : EVERY], rows.shape[1])
+        np.subtract(wanted, lost, out=lost)
+        error += _sum(lost, importance)
+        energy += _sum(wanted, importance)
+    return Loss(error, energy)
+
+
+def _sum(values: Rows, importance: NDArray[np.float32] | None) -> float:
+    """Weighted sum of squares: float32 within a row, float64 over rows."""
+    if importance is None:
+        by_row = np.einsum("ij,ij->i", values, values)
+    else:
+        by_row = np.einsum("ij,j->i", np.square(values), importance)
+    return float(by_row.sum(dtype=np.float64))
