@@ -70,9 +70,10 @@ def cut(tokens: Sequence[int], ruler: Ruler, *, bos_id: int | None = None) -> Wi
     return Windows(windows, first=ctx // 2 if convention.half else 0, last=ctx - 1, sha256=sha256)
 
 
-def tokenize(reader: Reader, text: str, ruler: Ruler) -> tuple[list[int], int | None]:
+def tokenize(reader: Reader, text: str, ruler: Ruler, *, special: bool = False) -> tuple[list[int], int | None]:
     """The token ids of `text`, BOS included if the tokenizer adds it, and that BOS (else None).
 
+    special: control tokens written in the text are tokens; it then brings its own BOS.
     Raises UnsupportedError (no tokenizer in the checkpoint), IntegrityError (ids beyond the embedding).
     """
     from weightsmith.formats.tokenizer import encoder  # noqa: PLC0415  (brings the tokenizer libraries)
@@ -82,7 +83,7 @@ def tokenize(reader: Reader, text: str, ruler: Ruler) -> tuple[list[int], int | 
         raise UnsupportedError("the checkpoint has no tokenizer, so no text can be measured", path=reader.path)
     if ruler.convention == "llama.cpp":
         text = text.removesuffix("\n")
-    tokens: list[int] = encoder(vocab).encode(text, add_bos=vocab.add_bos)
+    tokens: list[int] = encoder(vocab).encode(text, add_bos=vocab.add_bos and not special, special=special)
     size = reader.config.vocab_size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
         found = max(tokens) if max(tokens) >= size else min(tokens)

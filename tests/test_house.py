@@ -27,6 +27,7 @@ LAYERS = (
             "weightsmith.sources",
             "weightsmith.pull",
             "weightsmith.derive",
+            "weightsmith.texts",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
     ),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import UsageError
 from weightsmith.formats.imatrix import Imatrix
+from weightsmith.texts import Text
 from weightsmith.types import Reader
 
 # Containers that are made by calibration, and their types (bits).
@@ -21,7 +20,7 @@ _SWEEPS = {"fast": 0, "normal": 2, "best": 4}
 class Calibration:
     """The text and how it is used. rows: windows of `ctx` tokens drawn from it. group_size and sym: of GPTQ and AWQ."""
 
-    text: Path
+    text: Text
     rows: int = 128
     ctx: int = 512
     seed: int = 0
@@ -31,25 +30,18 @@ class Calibration:
     memory: int | None = None
     threads: int | None = None
 
-    def read(self) -> str:
-        """The text; UsageError if it is no UTF-8."""
-        try:
-            return self.text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"not UTF-8 at byte {error.start}", path=self.text, hint="Convert it first.") from error
-
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values: the text by its digest, never by its path."""
-        digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
         kept = {"rows": self.rows, "ctx": self.ctx, "seed": self.seed, "group_size": self.group_size, "sym": self.sym}
-        return {"text": f"sha256:{digest}", **kept}
+        return {"text": f"sha256:{self.text.sha256}", **kept}
 
 
 def importances(reader: Reader, calibration: Calibration, *, pre: str | None = None, output: bool = False) -> Imatrix:
     """Measure an imatrix of the whole model, layer by layer. output: of the output matrix too."""
     from weightsmith.evals.calibration import imatrix  # noqa: PLC0415  (loads torch)
 
-    return imatrix(reader, calibration.read(), _options(calibration, pre), output=output, dataset=calibration.text.name)
+    text = calibration.text.render(reader, pre=pre)
+    return imatrix(reader, text, _options(calibration, pre), output=output, dataset=calibration.text.name)
 
 
 def packed(  # noqa: PLR0913  (every choice, all by keyword)
@@ -78,7 +70,8 @@ def packed(  # noqa: PLR0913  (every choice, all by keyword)
         scaled=effort != "fast",
         split_bytes=split_bytes,
     )
-    return quantize_packed(reader, out, calibration.read(), options, overwrite=overwrite, notes=notes).path
+    text = calibration.text.render(reader, pre=pre)
+    return quantize_packed(reader, out, text, options, overwrite=overwrite, notes=notes).path
 
 
 def _options(calibration: Calibration, pre: str | None) -> Any:
@@ -92,4 +85,5 @@ def _options(calibration: Calibration, pre: str | None) -> Any:
         memory=calibration.memory or 1 << 30,
         threads=calibration.threads,
         pre=pre,
+        special=calibration.text.special,
     )

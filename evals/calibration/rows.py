@@ -27,7 +27,8 @@ class Options:
     rows: windows to draw, None for all there are. ctx: tokens per window. seed: of the draw. device: of torch.
     memory: bytes for hidden states and for the working set of a step; the moments and the weights of two layers come
     on top. spill: folder for hidden states beyond it (None: the system's own for temporary files). threads: of torch.
-    pre: name of the pre-tokenizer where a checkpoint's own is not known.
+    pre: name of the pre-tokenizer where a checkpoint's own is not known. special: control tokens written in the text
+    are tokens.
     """
 
     rows: int | None = 128
@@ -38,6 +39,7 @@ class Options:
     spill: Path | None = None
     threads: int | None = None
     pre: str | None = None
+    special: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("ctx", 4), ("seed", 0), ("memory", 1), ("threads", 1)):
@@ -47,7 +49,8 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """What decides the rows, as plain values."""
-        return {"rows": self.rows, "ctx": self.ctx, "seed": self.seed, "pre": self.pre}
+        kept = {"rows": self.rows, "ctx": self.ctx, "seed": self.seed, "pre": self.pre}
+        return kept | ({"special": True} if self.special else {})
 
 
 def draw(reader: Reader, text: str, options: Options) -> NDArray[np.int64]:
@@ -56,7 +59,7 @@ def draw(reader: Reader, text: str, options: Options) -> NDArray[np.int64]:
     Raises UsageError (text too short), UnsupportedError (no tokenizer), IntegrityError (ids beyond the embedding).
     """
     ruler = Ruler(ctx=options.ctx, pre=options.pre)
-    tokens, bos_id = tokenize(reader, text, ruler)
+    tokens, bos_id = tokenize(reader, text, ruler, special=options.special)
     windows = cut(tokens, ruler, bos_id=bos_id).tokens
     if options.rows is None or options.rows >= len(windows):
         return windows

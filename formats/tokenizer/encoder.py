@@ -1,9 +1,9 @@
-"""Text to ids exactly as llama.cpp's llama_tokenize does with parse_special off, at the tokenizers library's speed.
+"""Text to ids exactly as llama.cpp's llama_tokenize does, at the tokenizers library's speed.
 
 Followed from src/llama-vocab.cpp and src/unicode.cpp:
 
 1. User-defined tokens are cut out of the text first, the longest (in UTF-8 bytes) everywhere, then the next; control
-   and unknown tokens are plain text.
+   and unknown tokens are plain text, unless `special` (llama.cpp's parse_special) asks for them too.
 2. "gpt2": each piece of text is cut by the pattern's expressions, written in the byte alphabet and merged by rank. A
    byte without a token blocks merges around it and then vanishes. Where the name says so, a word that is a token
    stays whole.
@@ -34,6 +34,7 @@ from weightsmith.formats.tokenizer.pieces import (
     check,
     has_order,
     merges_from_scores,
+    special,
     user_defined,
 )
 from weightsmith.types import Vocab
@@ -51,16 +52,20 @@ class Encoder:
         check(vocab)
         self.vocab = vocab
         self.cuts = [(vocab.tokens[id_], id_) for id_ in user_defined(vocab)]
+        self.special_cuts = [(vocab.tokens[id_], id_) for id_ in special(vocab)]
         self.table = {text: id_ for id_, text in enumerate(vocab.tokens)}
         self.stand_ins: dict[int, list[int]] = {}
         self.slow = vocab.model == "llama" and not has_order(vocab)
         self.library = _byte_level(self) if vocab.model == "gpt2" else _sentencepiece(self)
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Ids of `text`. add_bos: None adds the beginning and the end that the vocabulary asks for, else just that."""
+    def encode(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
+        """Ids of `text`. add_bos: None adds the beginning and the end that the vocabulary asks for, else just that.
+
+        special: control tokens that are written in the text are tokens.
+        """
         if max(text, default="") >= "\ud800" and any("\ud800" <= char <= "\udfff" for char in text):
             raise UsageError("the text holds lone surrogates, which no UTF-8 text can")
-        pieces = cut(text, self.cuts)
+        pieces = cut(text, self.special_cuts if special else self.cuts)
         if self.vocab.model == "llama":
             pieces = self._marked(pieces)
         texts = [piece for piece in pieces if isinstance(piece, str)]

@@ -48,6 +48,12 @@ def byte_piece(byte: int) -> str:
 BYTE_PIECES = {byte_piece(byte): byte for byte in range(256)}
 
 
+def special(vocab: Vocab) -> list[int]:
+    """Ids that are cut out of a text where control tokens written in it are meant as tokens, longest first."""
+    found = {id_ for id_, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN) and vocab.tokens[id_]}
+    return _longest_first(vocab, sorted(found.union(user_defined(vocab))))
+
+
 def user_defined(vocab: Vocab) -> list[int]:
     """Ids that are cut out of a text before anything else even if special tokens are not parsed, longest first."""
     found = [
@@ -55,7 +61,11 @@ def user_defined(vocab: Vocab) -> list[int]:
         for id_, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True))
         if text and (text in _PLAIN_TEXTS or (kind == USER_DEFINED and text not in _CONTROL_TEXTS))
     ]
-    return sorted(found, key=lambda id_: -len(vocab.tokens[id_].encode("utf-8", "surrogatepass")))
+    return _longest_first(vocab, found)
+
+
+def _longest_first(vocab: Vocab, ids: list[int]) -> list[int]:
+    return sorted(ids, key=lambda id_: -len(vocab.tokens[id_].encode("utf-8", "surrogatepass")))
 
 
 def check(vocab: Vocab) -> None:

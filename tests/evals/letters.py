@@ -17,7 +17,7 @@ class Encoder:
     def __init__(self, vocab: Vocab) -> None:
         self.vocab = vocab
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
         wanted = self.vocab.add_bos if add_bos is None else add_bos
         ids = [self.vocab.tokens.index(letter) for letter in text]
         return [BOS, *ids] if wanted else ids

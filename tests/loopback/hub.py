@@ -4,6 +4,7 @@
     GET  /api/models/ORG/NAME/tree/SHA           [{type, path, size, oid, lfs?}], in pages
     HEAD /ORG/NAME/resolve/SHA/PATH              X-Repo-Commit, ETag, X-Linked-Etag, X-Linked-Size
     GET  same                                    the bytes, with Range and If-Range
+    the same below /api/datasets and /datasets   repositories that were added as "datasets/ORG/NAME"
     GET  /plain/NAME                             the same for plain URL downloads
 
 Every request is kept in `log` (method, path, headers), so that a test can say what was asked and what was sent along.
@@ -143,6 +144,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.plain_file(parts[1])
             elif parts[:2] == ["api", "models"] and len(parts) >= 4:
                 self.api(f"{parts[2]}/{parts[3]}", parts[4:])
+            elif parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+                self.api(f"datasets/{parts[2]}/{parts[3]}", parts[4:])
+            elif parts[0] == "datasets" and len(parts) > 5 and parts[3] == "resolve":
+                self.resolve("/".join(parts[:3]), parts[4], "/".join(parts[5:]))
             elif len(parts) > 4 and parts[2] == "resolve":
                 self.resolve(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]))
             else:
@@ -187,6 +192,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             gated = "manual" if repo.gated else False
             card = {"license": repo.licence}
+            name = name.removeprefix("datasets/")
             info = {"_id": "0", "id": name, "sha": commit.sha, "gated": gated, "cardData": card, "siblings": []}
             self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 

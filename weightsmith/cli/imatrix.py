@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from weightsmith.cli.options import calibration_options, common, pickle_option, source_argument, torch_device
+from weightsmith.cli.options import (
+    calibration_options,
+    calibration_text,
+    common,
+    pickle_option,
+    source_argument,
+    torch_device,
+)
 from weightsmith.cli.output import emit, fields
 
 
@@ -17,8 +24,7 @@ from weightsmith.cli.output import emit, fields
     "--text",
     "text",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to measure on.",
+    help="Text to measure on: a file of text or .jsonl, or hf://datasets/ORG/NAME[/FILE].",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @calibration_options
@@ -28,8 +34,9 @@ from weightsmith.cli.output import emit, fields
 @common
 def command(
     source: str,
-    text: Path,
+    text: str,
     output: Path,
+    field: str | None,
     rows: int,
     ctx: int,
     device: str,
@@ -53,7 +60,7 @@ def command(
     reader = formats.open_reader(locate(source, Catalog()).path, allow_pickle=allow_pickle)
     begun = time.monotonic()
     try:
-        calibration = Calibration(text, rows=rows, ctx=ctx, device=torch_device(device))
+        calibration = Calibration(calibration_text(text, field), rows=rows, ctx=ctx, device=torch_device(device))
         found = importances(reader, calibration, output=process_output)
     finally:
         reader.close()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from weightsmith.texts import Text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,11 +88,12 @@ def pickle_option(function: F) -> F:
 
 
 def calibration_options(function: F) -> F:
-    """--rows, --ctx, --device: how a text is used for calibration."""
+    """--field, --rows, --ctx, --device: how a text is used for calibration."""
     for option in (
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda, for calibration."),
         click.option("--ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens per row."),
         click.option("--rows", type=click.IntRange(1), default=128, show_default=True, help="Rows of the text to use."),
+        click.option("--field", help="Field of the text in a .jsonl or .parquet file; found by itself as a rule."),
     ):
         function = option(function)
     return function
@@ -136,12 +140,25 @@ def evaluation_text(path: Path | None) -> str:
         from weightsmith.evals.prose import default_text
 
         return default_text()
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        from weightsmith.errors import UsageError
+    from weightsmith import texts
 
-        raise UsageError(f"not UTF-8 at byte {error.start}", path=path, hint="Convert it to UTF-8 first.") from error
+    return texts.decode(path.read_bytes(), path)
+
+
+def calibration_text(named: str, field: str | None) -> Text:
+    """The text of --calibrate or --text: a file of text or of records, or a dataset on the hub."""
+    from weightsmith import texts
+    from weightsmith.catalog import Catalog
+    from weightsmith.errors import NotFoundError
+    from weightsmith.sources import dataset
+
+    if named.startswith(dataset.PREFIX):
+        path, where = dataset.fetch(named, home=Catalog().home)
+        return texts.load(path, name=where, field=field)
+    path = Path(named).expanduser()
+    if not path.is_file():
+        raise NotFoundError("no such file", path=path, hint="A text, a .jsonl file or hf://datasets/ORG/NAME is meant.")
+    return texts.load(path, field=field)
 
 
 def torch_device(name: str) -> str:

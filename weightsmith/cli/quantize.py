@@ -9,6 +9,7 @@ import click
 from weightsmith.cli.options import (
     Size,
     calibration_options,
+    calibration_text,
     common,
     output_options,
     pickle_option,
@@ -38,8 +39,8 @@ from weightsmith.cli.options import (
 )
 @click.option(
     "--calibrate",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to calibrate on: importances for GGUF types, error feedback for gptq and awq.",
+    metavar="TEXT",
+    help="Text to calibrate on: a file of text or .jsonl, or hf://datasets/ORG/NAME[/FILE].",
 )
 @calibration_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns per scale of gptq and awq.")
@@ -70,7 +71,8 @@ def command(
     output_type: str | None,
     embedding_type: str | None,
     imatrix: Path | None,
-    calibrate: Path | None,
+    calibrate: str | None,
+    field: str | None,
     rows: int,
     ctx: int,
     device: str,
@@ -103,7 +105,7 @@ def command(
     calibration = None
     if calibrate is not None:
         calibration = Calibration(
-            calibrate,
+            calibration_text(calibrate, field),
             rows=rows,
             ctx=ctx,
             group_size=group_size,

@@ -7,6 +7,8 @@
    linked or copied into the staging folder and hashed there. huggingface_hub compares sizes only, so a wrong hash is
    fetched anew once, then refused.
 
+A dataset (`fetch_dataset`) goes the same way, one file of it.
+
 The token is huggingface_hub's affair: it is read, sent and kept there and never seen here. The listing is kept under
 HOME/hub for `--offline`. This module is the only one that imports huggingface_hub.
 """
@@ -19,8 +21,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,16 +69,21 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """Where to ask and how. offline: only what the local caches hold."""
+    """Where to ask and how. offline: only what the local caches hold. kind: "model" or "dataset"."""
 
     endpoint: str
     repo: str
     offline: bool
     ticker: Ticker | None = None
+    kind: str = "model"
 
     @property
     def where(self) -> str:
-        return f"hf://{self.repo}"
+        return f"hf://{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
+
+    def folder(self, home: Path) -> Path:
+        """Where listings of this repository are kept."""
+        return home / "hub" / f"{self.kind}s--{self.repo.replace('/', '--')}"
 
 
 def fetch(
@@ -95,12 +102,7 @@ def fetch(
     """
     wanted = check_revision(revision or source.revision or "main", source.text)
     session = _Session(_endpoint(), source.target, offline or _offline_mode())
-    folder = home / "hub" / f"models--{source.target.replace('/', '--')}"
-    if session.offline:
-        listing = _remembered(folder, session, wanted)
-    else:
-        listing = _ask(session, wanted)
-        _remember(folder, listing, wanted)
+    listing = _listing(session, home, wanted)
     names = choose.select(listing.files, include=include, where=session.where)
     names = _follow_index(session, listing, names, explicit=bool(include))
     places = choose.placed(names)
@@ -108,13 +110,46 @@ def fetch(
     log.info("%s at %s: %d files, %.2f GB", session.where, listing.commit[:12], len(names), total / 1e9)
     files = []
     with progress(f"pull {source.target}", total) as ticker:
-        running = _Session(session.endpoint, session.repo, session.offline, ticker)
+        running = replace(session, ticker=ticker)
         for name in names:
             files.append(_take(running, listing, name, into / places[name], places[name]))
     origin: dict[str, Any] = {"kind": "hf", "source": f"hf://{listing.repo}@{listing.commit}", "repo": listing.repo}
     origin |= {"commit": listing.commit, "revision": wanted, "endpoint": bare_url(session.endpoint)}
     origin |= {"licence": listing.licence, "gated": listing.gated}
     return Fetched(into, tuple(files), origin)
+
+
+def fetch_dataset(
+    repo: str, pick: Callable[[Iterable[str]], str], *, home: Path, revision: str | None = None, offline: bool = False
+) -> tuple[Path, str]:
+    """One file of dataset `repo`, verified, in huggingface_hub's cache, and what it is by commit ("hf://datasets/...").
+
+    pick: chooses the file from the names of the commit. Raises what `fetch` raises.
+    """
+    wanted = revision or "main"
+    session = _Session(_endpoint(), repo, offline or _offline_mode(), kind="dataset")
+    listing = _listing(session, home, wanted)
+    name = pick(listing.files)
+    with progress(f"pull {name}", listing.files[name].size) as ticker:
+        running = replace(session, ticker=ticker)
+        for again in (False, True):
+            cached = _download(running, listing, name, again=again)
+            _, wrong = _prove(cached, listing.files[name])
+            if not wrong:
+                return cached, f"{session.where}@{listing.commit}/{name}"
+            if session.offline:
+                break
+    raise IntegrityError(wrong, path=f"{session.where}/{name}", hint="The file is damaged in the cache or on its way.")
+
+
+def _listing(session: _Session, home: Path, revision: str) -> Listing:
+    """The files of the revision's commit: asked for and kept, or offline as kept."""
+    folder = session.folder(home)
+    if session.offline:
+        return _remembered(folder, session, revision)
+    listing = _ask(session, revision)
+    _remember(folder, listing, revision)
+    return listing
 
 
 def _endpoint() -> str:
@@ -135,7 +170,8 @@ def _ask(session: _Session, revision: str) -> Listing:
     from huggingface_hub import HfApi  # noqa: PLC0415  (the catalog's verbs start without it)
 
     api = HfApi(endpoint=session.endpoint, library_name="weightsmith")
-    info = _calling(session, revision, None, lambda: api.model_info(session.repo, revision=revision, timeout=TIMEOUT))
+    about = api.dataset_info if session.kind == "dataset" else api.model_info
+    info = _calling(session, revision, None, lambda: about(session.repo, revision=revision, timeout=TIMEOUT))
     commit = str(info.sha or "")
     if not COMMIT.fullmatch(commit):
         raise IntegrityError(f"the hub names no commit for {revision!r}", path=session.where)
@@ -145,7 +181,7 @@ def _ask(session: _Session, revision: str) -> Listing:
         log.warning("%s now answers as %s; check that it is still who you mean", session.where, info.id)
 
     def tree() -> list[Any]:
-        found = api.list_repo_tree(session.repo, revision=commit, recursive=True)
+        found = api.list_repo_tree(session.repo, revision=commit, recursive=True, repo_type=session.kind)
         return list(islice(found, MAX_FILES + 1))
 
     entries = _calling(session, commit, None, tree)
@@ -286,7 +322,7 @@ def _download(session: _Session, listing: Listing, name: str, *, again: bool) ->
     options: dict[str, Any] = {"revision": listing.commit, "endpoint": session.endpoint, "force_download": again}
     if session.offline:
         options["local_files_only"] = True
-    options["tqdm_class"] = _bar(session.ticker)
+    options |= {"tqdm_class": _bar(session.ticker), "repo_type": session.kind}
     call = functools.partial(hf_hub_download, session.repo, name, library_name="weightsmith", **options)
     return Path(_calling(session, listing.commit, name, call))
 

@@ -163,3 +163,11 @@ def test_merges_of_tokens_that_do_not_exist_follow_llama_cpp(tmp_path: Path) -> 
     reference, own = judge(vocab, tmp_path), encoder(vocab)
     for text in texts(800, 28):
         assert own.encode(text) == reference.encode(text, ends=True), repr(text)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama"])
+def test_control_tokens_in_the_text_where_asked_for(name: str, tmp_path: Path) -> None:
+    vocab = spm_vocab(tmp_path / "spm") if name == "llama" else byte_level(name, user_defined=("<tool>", "</s"))
+    reference, own = judge(vocab, tmp_path), encoder(vocab)
+    for text in texts(1000, 26, (*SPECIALS, "<tool>", "<unk>", "<s></s>", "</s>a")):
+        assert own.encode(text, add_bos=False, special=True) == reference.encode(text, special=True), repr(text)
