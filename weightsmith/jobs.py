@@ -289,7 +289,7 @@ def _importances(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, ND
             continue
         name = family.gguf_name(info.name)
         if name in matrix.entries:
-            found[info.name] = matrix.importance(name, info.row_len)
+            found[info.name] = _importance(matrix, name, info, reader.config.n_experts)
         else:
             missing.append(name)
     if not found:
@@ -297,6 +297,15 @@ def _importances(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, ND
     if missing:
         log.info("not in the imatrix, so quantized without: %s", ", ".join(missing))
     return found
+
+
+def _importance(matrix: Imatrix, name: str, info: TensorInfo, n_experts: int) -> NDArray[np.float32]:
+    """Importance of the input channels of `info`, of which the imatrix calls `name` it or the stack it belongs to."""
+    expert = archs.expert_of(info.name)
+    if expert is None:
+        return matrix.importance(name, info.row_len)
+    rows: NDArray[np.float32] = matrix.importance(name, info.row_len, matrices=n_experts).reshape(n_experts, -1)
+    return rows[expert]
 
 
 def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:

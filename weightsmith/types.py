@@ -76,7 +76,8 @@ class ModelConfig:
 
     family: a module of `weightsmith.formats.archs`. Sizes are counts; `head_dim` is explicit because it need not be
     hidden_size / n_heads. dtype: codec of the full-precision weights ("F32", "F16", "BF16"). `sliding_window` in
-    tokens or None. `eos_token_ids` may hold several. `name` is free text for humans.
+    tokens or None. `eos_token_ids` may hold several. `name` is free text for humans. n_experts: of every layer, 0 in a
+    dense model; a token passes through n_experts_used of them, each intermediate_size wide.
     """
 
     family: str
@@ -100,6 +101,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     name: str = ""
+    n_experts: int = 0
+    n_experts_used: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,30 @@
 A family is found by listing this folder. Each module offers:
 
 - `GGUF_ARCH`: the value of general.architecture it is written under;
+- `HAS_EXPERTS`: whether its layers are mixtures of experts, which two families of one arch differ in;
 - `HF_ARCHITECTURES`: the class names of config.json that it reads; the first is what it writes;
 - `MODEL_TYPE`: config.json's model_type;
 - `tensors(config)`: every canonical tensor as `name -> shape`, in the order in which they are written;
-- `gguf_name(canonical)`: its name in GGUF, and `canonical_name(gguf)`: the way back;
+- `gguf_name(canonical)`: its name in GGUF; the experts of a layer share one, because GGUF stacks them;
 - `is_dropped(name)`: a tensor of either container that carries no weights;
 - `permuted_heads(canonical, config)`: heads of a tensor whose rows GGUF interleaves, else None.
+
+Canonically every expert is a matrix of its own, (out, in), and its name holds `.experts.E.`. GGUF has one tensor
+(n_experts, out, in) for a layer's w1, one for its w2, one for its w3: expert E is rows E * out to (E + 1) * out.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from functools import cache
 from types import ModuleType
 
 from weightsmith.errors import UnsupportedError
+from weightsmith.types import ModelConfig
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @cache
@@ -42,9 +50,24 @@ def by_hf(architectures: list[str], model_type: str) -> ModuleType:
     raise UnsupportedError(f"unknown model family {found!r}", hint=f"Known families: {', '.join(families())}.")
 
 
-def by_gguf(arch: str) -> ModuleType:
-    """The family that reads GGUF's general.architecture `arch`."""
+def by_gguf(arch: str, *, experts: bool = False) -> ModuleType:
+    """The family that reads GGUF's general.architecture `arch`; experts: whether the file says that it has some."""
     found = [module for module in families().values() if arch == module.GGUF_ARCH]
     if not found:
         raise UnsupportedError(f"unknown architecture {arch!r}", hint=f"Known families: {', '.join(families())}.")
-    return found[0]
+    fitting = [module for module in found if experts == module.HAS_EXPERTS]
+    if not fitting:
+        kind = "with" if experts else "without"
+        raise UnsupportedError(f"architecture {arch!r} {kind} experts is not known")
+    return fitting[0]
+
+
+def expert_of(canonical: str) -> int | None:
+    """Which of its layer's experts a tensor belongs to; None for all that is no expert's."""
+    found = _EXPERT.search(canonical)
+    return int(found[1]) if found else None
+
+
+def stacked_shape(canonical: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """The shape that GGUF gives the tensor which holds a canonical one of `shape`."""
+    return shape if expert_of(canonical) is None else (config.n_experts, *shape)

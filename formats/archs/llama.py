@@ -16,6 +16,7 @@ import re
 from weightsmith.types import ModelConfig
 
 GGUF_ARCH = "llama"
+HAS_EXPERTS = False
 MODEL_TYPE = "llama"
 HF_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 
@@ -35,11 +36,8 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_GLOBAL_BACK = {gguf: name for name, gguf in _GLOBAL.items()}
-_BLOCK_BACK = {gguf: name for name, gguf in _BLOCK.items()}
 _DROPPED = re.compile(r"rope_freqs\.weight|(.*\.)?rotary_emb\.inv_freq|blk\.\d+\.attn_rot_embd\.weight")
 _HF_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -79,14 +77,6 @@ def gguf_name(canonical: str) -> str:
     if not found:
         return _GLOBAL[canonical]
     return f"blk.{found[1]}.{_BLOCK[found[2]]}.{found[3]}"
-
-
-def canonical_name(gguf: str) -> str:
-    """A GGUF name in canonical form; KeyError for one that the family does not have."""
-    found = _GGUF_BLOCK.fullmatch(gguf)
-    if not found:
-        return _GLOBAL_BACK[gguf]
-    return f"model.layers.{found[1]}.{_BLOCK_BACK[found[2]]}.{found[3]}"
 
 
 def permuted_heads(canonical: str, config: ModelConfig) -> int | None:

@@ -9,11 +9,12 @@ Ref: transformers models/mistral; llama.cpp conversion/llama.py.
 
 from __future__ import annotations
 
-from weightsmith.formats.archs.llama import canonical_name, gguf_name, is_dropped, permuted_heads, tensors
+from weightsmith.formats.archs.llama import gguf_name, is_dropped, permuted_heads, tensors
 
-__all__ = ["GGUF_ARCH", "HF_ARCHITECTURES", "MODEL_TYPE", "canonical_name", "gguf_name", "is_dropped"]
+__all__ = ["GGUF_ARCH", "HAS_EXPERTS", "HF_ARCHITECTURES", "MODEL_TYPE", "gguf_name", "is_dropped"]
 __all__ += ["permuted_heads", "tensors"]
 
 GGUF_ARCH = "llama"
+HAS_EXPERTS = False
 MODEL_TYPE = "mistral"
 HF_ARCHITECTURES = ("MistralForCausalLM",)

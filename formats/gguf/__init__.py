@@ -7,6 +7,7 @@
 | shards | which files belong together |
 | keys, vocab, rope_freqs | keys to `ModelConfig` and `Vocab`, and back |
 | pack | the bytes of a header |
+| stacks | experts, several canonical tensors in one |
 | reader, writer | the protocols of `weightsmith.types` |
 """
 
@@ -63,7 +64,7 @@ def plan(reader: Reader, recipe: Recipe) -> Plan:
     """Say in which codec every canonical tensor of `reader` is written.
 
     No type: every matrix keeps its codec where GGUF has it (8-bit floats become F16, which holds them exactly); vectors
-    are F32. Patterns of the recipe are looked for in canonical and in GGUF names.
+    and routers are F32. Patterns of the recipe are looked for in canonical and in GGUF names.
     Raises UnsupportedError for a codec that GGUF has not, and what `recipes.assign` raises.
     """
     infos = reader.infos()
@@ -73,7 +74,8 @@ def plan(reader: Reader, recipe: Recipe) -> Plan:
     family = archs.by_name(config.family)
     shapes = {name: info.shape for name, info in infos.items()}
     aliases = {name: family.gguf_name(name) for name in infos}
-    traits = recipes.Traits(config.n_layers, config.n_heads // config.n_kv_heads, arch=family.GGUF_ARCH)
+    gqa = config.n_heads // config.n_kv_heads
+    traits = recipes.Traits(config.n_layers, gqa, config.n_experts, family.GGUF_ARCH)
     chosen = recipes.assign(shapes, recipe, tied=config.tie_word_embeddings, traits=traits, aliases=aliases)
     tensors = [_planned(info, chosen[name].codec) for name, info in infos.items()]
     fallbacks = [(name, got.wanted, got.codec) for name, got in chosen.items() if got.wanted != got.codec]
@@ -85,7 +87,7 @@ def _planned(info: TensorInfo, codec: str) -> TensorInfo:
 
 
 def _kept(info: TensorInfo) -> str:
-    if len(info.shape) < 2:
+    if not recipes.is_matrix(info.name, info.shape):
         return "F32"
     block = BLOCKS.get(info.codec)
     integers = info.codec in ("I8", "I16", "I32", "I64")

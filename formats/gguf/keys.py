@@ -9,6 +9,7 @@
 | A.attention.layer_norm_rms_epsilon, A.rope.freq_base | f32 | rms_norm_eps, rope_theta |
 | A.rope.scaling.type, .factor | string, f32 | rope_scaling of kind "linear" |
 | A.vocab_size | u32 | vocab_size |
+| A.expert_count, .expert_used_count | u32 | n_experts, n_experts_used; absent from a dense model |
 
 A scaling of kind "llama3" is a tensor (`rope_freqs`). Tied embeddings show in the absence of output.weight, biases in
 their presence. Not stored at all, because arch "llama" has no place for them: the sliding window and whether the model
@@ -43,6 +44,7 @@ from weightsmith.types import ModelConfig, RopeScaling, TensorInfo
 ARCHITECTURE, FILE_TYPE = "general.architecture", "general.file_type"
 EOS_IDS, ROPE_SCALING = "weightsmith.eos_token_ids", "weightsmith.rope_scaling"
 MAX_EOS = 1024
+MAX_EXPERTS = 1024  # llama.cpp has no more
 FLOATS = ("F32", "F16", "BF16")
 # A file type as other programs know it: by its name, or guessed from the codec that most weights have.
 FILE_TYPES = {
@@ -78,6 +80,8 @@ _PER_ARCH = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scale_linear",
+    "expert_count",
+    "expert_used_count",
 )
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
@@ -104,7 +108,8 @@ def read_config(
     keys that contradict the tensors).
     """
     arch = _architecture(metadata)
-    family = _family(metadata, arch)
+    experts, experts_used = _experts(metadata, arch)
+    family = _family(metadata, arch, experts=experts > 0)
     _refuse_unknown_traits(metadata, arch)
     hidden = _size(metadata, f"{arch}.embedding_length")
     heads = _size(metadata, f"{arch}.attention.head_count")
@@ -138,6 +143,8 @@ def read_config(
         eos_token_ids=_eos_ids(metadata, ids["eos_id"]),
         pad_token_id=ids["pad_id"],
         name=metadata.text("general.name") or metadata.text("general.basename") or "",
+        n_experts=experts,
+        n_experts_used=experts_used,
     )
 
 
@@ -149,19 +156,28 @@ def _architecture(metadata: Metadata) -> str:
     return arch
 
 
-def _family(metadata: Metadata, arch: str) -> ModuleType:
+def _experts(metadata: Metadata, arch: str) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token passes through; 0 of 0 in a dense model."""
+    key, used_key = f"{arch}.expert_count", f"{arch}.expert_used_count"
+    count, used = metadata.integer(key, 0) or 0, metadata.integer(used_key, 0) or 0
+    if count > MAX_EXPERTS:
+        raise metadata.damaged(key, f"is {count}, at most {MAX_EXPERTS} are possible")
+    if used > count or (count and not used):
+        raise metadata.damaged(used_key, f"is {used} of {count} experts")
+    return count, used
+
+
+def _family(metadata: Metadata, arch: str, *, experts: bool) -> ModuleType:
     try:
-        return archs.by_gguf(arch)
+        return archs.by_gguf(arch, experts=experts)
     except UnsupportedError as error:
         error.path = metadata.header.path
         raise
 
 
 def _refuse_unknown_traits(metadata: Metadata, arch: str) -> None:
-    """Keys that change what a dense Llama computes, and that no known family follows."""
+    """Keys that change what a Llama computes, and that no known family follows."""
     path = metadata.header.path
-    if metadata.integer(f"{arch}.expert_count", 0):
-        raise UnsupportedError(f"a mixture of experts of arch {arch!r} is not supported yet", path=path)
     if metadata.number(f"{arch}.attention.scale", 0.0):
         raise UnsupportedError("an attention scale of its own is not supported", path=path)
     if metadata.flag(f"{arch}.attention.causal") is False:
@@ -309,6 +325,9 @@ def config_keys(
         u32(f"{arch}.rope.dimension_count", config.head_dim),
         f32(f"{arch}.rope.freq_base", config.rope_theta),
     ]
+    if config.n_experts:
+        keys.append(u32(f"{arch}.expert_count", config.n_experts))
+        keys.append(u32(f"{arch}.expert_used_count", config.n_experts_used))
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         keys.append(text(f"{arch}.rope.scaling.type", "linear"))
         keys.append(f32(f"{arch}.rope.scaling.factor", config.rope_scaling.factor))

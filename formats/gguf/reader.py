@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, NotFoundError
 from weightsmith.formats import archs
+from weightsmith.formats.gguf import stacks
 from weightsmith.formats.gguf.keys import read_config
 from weightsmith.formats.gguf.metadata import Metadata
 from weightsmith.formats.gguf.parse import AGAIN
@@ -144,17 +145,17 @@ def canonical_infos(config: ModelConfig, native: Mapping[str, TensorInfo], path:
     """
     family = archs.by_name(config.family)
     expected: dict[str, tuple[int, ...]] = family.tensors(config)
-    found = {}
+    found, known = {}, set()
     for name, shape in expected.items():
-        gguf = family.gguf_name(name)
+        gguf, whole = stacks.stored_as(name, shape, config, native)
         info = native.get(gguf)
         if info is None:
             raise IntegrityError(f"is missing from a {config.family} model", path=path, tensor=gguf, hint=AGAIN)
-        if info.shape != shape:
-            text = f"has shape {info.shape}, the keys make it {shape}"
+        if info.shape != whole:
+            text = f"has shape {info.shape}, the keys make it {whole}"
             raise IntegrityError(text, path=info.path or path, tensor=gguf, hint=AGAIN)
-        found[name] = TensorInfo(name, shape, info.codec, info.nbytes, info.path, info.offset)
-    known = {family.gguf_name(name) for name in expected}
+        found[name] = stacks.part(info, name, shape)
+        known.add(gguf)
     for gguf, info in native.items():
         if gguf not in known and not family.is_dropped(gguf):
             text = f"does not belong to a {config.family} model"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +22,7 @@ import numpy as np
 from weightsmith.atomic import AtomicFile, need_space, refuse_existing
 from weightsmith.errors import IntegrityError, UnsupportedError, UsageError
 from weightsmith.formats import archs
-from weightsmith.formats.gguf import pack, rope_freqs, shards
+from weightsmith.formats.gguf import pack, rope_freqs, shards, stacks
 from weightsmith.formats.gguf.keys import ARCHITECTURE, FILE_TYPE, FLOATS, config_keys, is_owned, main_codec
 from weightsmith.formats.gguf.parse import U32, padded
 from weightsmith.formats.gguf.reader import GgufReader
@@ -191,7 +191,7 @@ def create(  # noqa: PLR0913  (every choice of a file, all by keyword)
     try:
         places = {}
         family = archs.by_name(config.family)
-        canonical = {family.gguf_name(info.name): info for info in infos}
+        canonical = stacks.stack(infos, config)
         for number, (file, header, group) in enumerate(zip(files, headers, groups, strict=True)):
             file.write(0, header)
             offset = len(header)
@@ -199,8 +199,10 @@ def create(  # noqa: PLR0913  (every choice of a file, all by keyword)
                 if extra is not None and info is extra[0]:
                     file.write(offset, extra[1])
                 else:
-                    own = canonical[info.name]
-                    places[own.name] = _Place(own, number, offset, family.permuted_heads(own.name, config))
+                    at = offset
+                    for own in canonical[info.name]:
+                        places[own.name] = _Place(own, number, at, family.permuted_heads(own.name, config))
+                        at += own.nbytes
                 offset += padded(info.nbytes)
     except BaseException:
         for file in files:
@@ -211,9 +213,7 @@ def create(  # noqa: PLR0913  (every choice of a file, all by keyword)
 
 def _native_plan(config: ModelConfig, infos: Sequence[TensorInfo]) -> dict[str, TensorInfo]:
     """The plan under GGUF names, held against what the family has."""
-    family = archs.by_name(config.family)
-    expected = family.tensors(config)
-    native = {}
+    expected = archs.by_name(config.family).tensors(config)
     for info in infos:
         if info.shape != expected.get(info.name):
             text = f"is planned as {info.shape}, the model has {expected.get(info.name, 'no such tensor')}"
@@ -222,12 +222,10 @@ def _native_plan(config: ModelConfig, infos: Sequence[TensorInfo]) -> dict[str, 
             raise UnsupportedError(f"a vector as {info.codec}; GGUF holds them as F32", tensor=info.name)
         if info.nbytes != info.n_rows * row_nbytes(info.codec, info.row_len):
             raise IntegrityError(f"is planned with {info.nbytes} bytes, which {info.codec} is not", tensor=info.name)
-        gguf = family.gguf_name(info.name)
-        native[gguf] = replace(info, name=gguf, path=None, offset=-1)
-    missing = [name for name in expected if family.gguf_name(name) not in native]
+    missing = sorted(expected.keys() - {info.name for info in infos})
     if missing:
         raise IntegrityError("is missing from the plan", tensor=missing[0])
-    return native
+    return {gguf: stacks.whole(gguf, parts, config) for gguf, parts in stacks.stack(infos, config).items()}
 
 
 def _rope_tensor(config: ModelConfig, source: Reader | None) -> tuple[TensorInfo, bytes] | None:

@@ -9,6 +9,7 @@ nothing is renamed or permuted here.
 | header | one file: its header, every claim checked against the file |
 | index | which files belong together, and the shard index |
 | config | config.json to ModelConfig and back |
+| stacked | experts that lie in one tensor |
 | reader, writer | the protocols of `weightsmith.types` |
 """
 

@@ -9,7 +9,7 @@ both load.
 Every value is checked for type and size, because other code allocates by them. An absent key means what it means to
 transformers' own configuration class; ids of special tokens stay unknown.
 
-Ref: transformers 5.23 models/{llama,mistral}/configuration_*.py, modeling_rope_utils.py.
+Ref: transformers 5.23 models/{llama,mistral,mixtral}/configuration_*.py, modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from weightsmith.types import ModelConfig, RopeScaling
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG = 16 << 20  # bytes
-MAX_LAYERS = 4096
+MAX_LAYERS, MAX_EXPERTS = 4096, 1024
 MAX_SIZE = (1 << 31) - 1
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _SILU = ("silu", "swish")
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
 # What a missing key means where the families differ.
-_ABSENT: dict[str, dict[str, int]] = {
+_ABSENT: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
 }
 
 
@@ -49,20 +57,21 @@ class _Keys:
 
     def __init__(self, raw: Mapping[str, Any], path: Path, where: str = "") -> None:
         self.raw, self.path, self.where = raw, path, where
+        self.absent: Mapping[str, Any] = {}
 
     def fault(self, key: str, found: object, expected: str) -> IntegrityError:
         return IntegrityError(f"{self.where}{key} is {str(found)[:80]!r}, expected {expected}", path=self.path)
 
     def count(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
         value = self.raw.get(key)
-        value = default if value is None else value
+        value = self.absent.get(key, default) if value is None else value
         if type(value) is not int or not 0 < value <= limit:
             raise self.fault(key, value, f"a whole number from 1 to {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
-        value = default if value is None else value
+        value = self.absent.get(key, default) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self.fault(key, value, "a positive number")
         return float(value)
@@ -110,11 +119,11 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
         error.path = path
         raise
     family = module.__name__.rpartition(".")[2]
-    absent = _ABSENT.get(family, {})
+    keys.absent = _ABSENT.get(family, {})
     _refuse_unknown(keys)
     vocab_size, hidden = keys.count("vocab_size"), keys.count("hidden_size")
     n_heads = keys.count("num_attention_heads")
-    n_kv_heads = keys.count("num_key_value_heads", absent.get("num_key_value_heads", n_heads))
+    n_kv_heads = keys.count("num_key_value_heads", n_heads)
     if n_heads % n_kv_heads:
         raise keys.fault("num_key_value_heads", n_kv_heads, f"a divisor of num_attention_heads, {n_heads}")
     if raw.get("head_dim") is None and hidden % n_heads:
@@ -122,9 +131,10 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
     head_dim = keys.count("head_dim", hidden // n_heads)
     if head_dim % 2:
         raise keys.fault("head_dim", head_dim, "an even number, because rotary embedding turns pairs")
-    context = keys.count("max_position_embeddings", absent.get("max_position_embeddings"))
+    context = keys.count("max_position_embeddings")
     rope_theta, rope_scaling = _rope(keys, context)
-    has_biases, has_window = family != "mistral", family == "mistral"  # a class ignores the keys of the other
+    has_biases, has_window = family == "llama", family != "llama"  # a class ignores the keys of the others
+    experts, experts_used = _experts(keys) if module.HAS_EXPERTS else (0, 0)
     config = ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -140,7 +150,7 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         dtype=_dtype(keys) or dtype,
         rope_scaling=rope_scaling,
-        sliding_window=_window(keys, absent.get("sliding_window")) if has_window else None,
+        sliding_window=_window(keys) if has_window else None,
         attention_bias=has_biases and keys.flag("attention_bias"),
         mlp_bias=has_biases and keys.flag("mlp_bias"),
         bos_token_id=next(iter(keys.ids("bos_token_id", vocab_size)), None),
@@ -148,6 +158,8 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
         # A padding id just past the vocabulary is common and means that there is none.
         pad_token_id=next((i for i in keys.ids("pad_token_id", MAX_SIZE) if i < vocab_size), None),
         name=keys.text("_name_or_path").rstrip("/").rpartition("/")[2][:200],
+        n_experts=experts,
+        n_experts_used=experts_used,
     )
     _check_layer_types(keys, config)
     return config
@@ -176,11 +188,17 @@ def _dtype(keys: _Keys) -> str | None:
     return DTYPES.get(named.removeprefix("torch.")) if isinstance(named, str) else None
 
 
-def _window(keys: _Keys, absent: int | None) -> int | None:
+def _experts(keys: _Keys) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token passes through."""
+    count = keys.count("num_local_experts", limit=MAX_EXPERTS)
+    return count, keys.count("num_experts_per_tok", limit=count)
+
+
+def _window(keys: _Keys) -> int | None:
     """The sliding window: an explicit null switches it off, a missing key is the class's default."""
-    if "sliding_window" in keys.raw and keys.raw["sliding_window"] is None:
+    if keys.raw.get("sliding_window", keys.absent.get("sliding_window")) is None:
         return None
-    return keys.count("sliding_window", absent)
+    return keys.count("sliding_window")
 
 
 def _check_layer_types(keys: _Keys, config: ModelConfig) -> None:
@@ -257,10 +275,12 @@ def dump(config: ModelConfig, *, dtype: str) -> bytes:
         "torch_dtype": {codec: name for name, codec in DTYPES.items()}[dtype],
         "vocab_size": config.vocab_size,
     }
-    if config.family == "mistral":
-        raw["sliding_window"] = config.sliding_window
-    else:
+    if config.family == "llama":
         raw |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    else:
+        raw["sliding_window"] = config.sliding_window
+    if module.HAS_EXPERTS:
+        raw |= {"num_local_experts": config.n_experts, "num_experts_per_tok": config.n_experts_used}
     if config.name:
         raw["_name_or_path"] = config.name
     return (json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

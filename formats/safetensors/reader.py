@@ -16,6 +16,7 @@ from weightsmith.formats import archs
 from weightsmith.formats.safetensors.config import CONFIG_NAME, parse, read_raw
 from weightsmith.formats.safetensors.header import AGAIN, Header, read_header
 from weightsmith.formats.safetensors.index import find_weights, merge
+from weightsmith.formats.safetensors.stacked import cut
 from weightsmith.formats.safetensors.strictjson import open_regular
 from weightsmith.safename import resolve_inside
 from weightsmith.types import ModelConfig, Packed, TensorInfo, Vocab
@@ -120,6 +121,8 @@ class SafetensorsReader:
             family = archs.by_name(config.family)
             expected = family.tensors(config)
             stored = dict(self._header.tensors)
+            if config.n_experts:
+                stored = cut(stored, config)
             if config.tie_word_embeddings:
                 stored.pop(HEAD, None)
             for name, shape in expected.items():

@@ -177,7 +177,17 @@ HOSTILE_KEYS: dict[str, tuple[dict[str, bytes | None], type[WeightsmithError], s
         "rope.freq_base",
     ),
     "yarn": ({"y": raw.text(K + "rope.scaling.type", "yarn")}, UnsupportedError, "yarn"),
-    "experts": ({"e": raw.u32(K + "expert_count", 8)}, UnsupportedError, "experts"),
+    "experts of which none is used": ({"e": raw.u32(K + "expert_count", 8)}, IntegrityError, "expert_used_count"),
+    "experts of a dense model": (
+        {"e": raw.u32(K + "expert_count", 8), "u": raw.u32(K + "expert_used_count", 2)},
+        IntegrityError,
+        "tensor 'blk.0.ffn",
+    ),
+    "absurd experts": (
+        {"e": raw.u32(K + "expert_count", 1 << 31), "u": raw.u32(K + "expert_used_count", 2)},
+        IntegrityError,
+        "expert_count",
+    ),
     "partial rotation": ({"r": raw.u32(K + "rope.dimension_count", 8)}, UnsupportedError, "rope.dimension_count"),
     "value length": ({"v": raw.u32(K + "attention.value_length", 8)}, UnsupportedError, "attention.value_length"),
     "attention scale": ({"s": raw.f32(K + "attention.scale", 0.5)}, UnsupportedError, "attention scale"),
