@@ -29,7 +29,7 @@ from weightsmith.journal import Journal
 from weightsmith.quant import ARITHMETIC_VERSION
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.quant.loss import Loss
-from weightsmith.transcode import Work, transcode
+from weightsmith.transcode import Work, compare, transcode
 from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
             )
             work = Work(options.threads, options.memory, journal, importances, options.effort)
             path = _fill(reader, writer, work, title=output.name)
+            _read_back(path, work)
         finally:
             if journal is not None:
                 journal.close()
@@ -280,6 +281,19 @@ def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
     return path
 
 
+def _read_back(path: Path, work: Work) -> None:
+    """Open what was made and compare it with what was meant; what differs is removed, never left to be believed."""
+    reader = formats.open_reader(path)
+    try:
+        compare(reader, work)
+    except IntegrityError:
+        for file in reader.files():
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        reader.close()
+
+
 def _importances(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, NDArray[np.float32]]:
     """Importance of every input channel, by canonical name; a tensor that was not measured has none."""
     family = archs.by_name(reader.config.family)
@@ -304,8 +318,9 @@ def _importance(matrix: Imatrix, name: str, info: TensorInfo, n_experts: int) ->
     expert = archs.expert_of(info.name)
     if expert is None:
         return matrix.importance(name, info.row_len)
-    rows: NDArray[np.float32] = matrix.importance(name, info.row_len, matrices=n_experts).reshape(n_experts, -1)
-    return rows[expert]
+    rows = matrix.importance(name, info.row_len, matrices=n_experts).reshape(n_experts, -1)
+    found: NDArray[np.float32] = rows[expert]
+    return found
 
 
 def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.errors import IntegrityError, WeightsmithError
 from weightsmith.journal import Journal, Key
 from weightsmith.progress import progress
 from weightsmith.quant import codecs, loss
@@ -24,6 +25,7 @@ from weightsmith.quant.loss import Loss
 from weightsmith.types import Packed, Reader, TensorInfo, Writer
 
 SLAB_WEIGHTS = 2 * 1024 * 1024  # 8 MiB as float32
+_REPORT = "The disk or the program is at fault; the output was removed. Try again, and report it if it happens again."
 _BYTES_PER_WEIGHT = 16  # of a slab under way: stored, as float32, what the search works on, packed
 
 
@@ -32,7 +34,8 @@ class Work:
     """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit.
 
     importances: float32 [in] by canonical tensor name, for the codecs that search; effort: fast, normal or best.
-    losses: filled with what every slab lost that was packed into blocks, by its key.
+    losses: filled with what every slab lost that was packed into blocks, by its key. sums: filled with the slabs that
+    were written and a checksum of each.
     """
 
     threads: int | None = None
@@ -41,6 +44,7 @@ class Work:
     importances: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     effort: str = "normal"
     losses: dict[Key, Loss] = field(default_factory=dict)
+    sums: dict[Key, tuple[Slab, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +127,35 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
         error.tensor = error.tensor or slab.source.name
         error.path = error.path or slab.source.path
         raise
+    work.sums[slab.key] = slab, zlib.crc32(packed.data)
     writer.write(slab.target, slab.start, packed)
     if journal is not None and slab.is_costly:
         journal.add(slab.key, packed, work.losses[slab.key])
     return packed.nbytes
+
+
+def compare(reader: Reader, work: Work) -> None:
+    """Read back every slab that was written, from what was made of them; IntegrityError names one that differs.
+
+    Slabs of an earlier run were read and compared when this run took them over.
+    """
+    infos = reader.infos()
+
+    def same(found: tuple[Slab, int]) -> int:
+        slab, wanted = found
+        info = infos.get(slab.target.name)
+        if info is None or (info.shape, info.codec) != (slab.target.shape, slab.target.codec):
+            what = "is absent" if info is None else f"is {list(info.shape)} in {info.codec}"
+            raise IntegrityError(f"{what} after writing", path=reader.path, tensor=slab.target.name, hint=_REPORT)
+        if zlib.crc32(reader.rows(info.name, slab.start, slab.stop).data) != wanted:
+            what = f"rows {slab.start} to {slab.stop} are not what was written"
+            raise IntegrityError(what, path=reader.path, tensor=info.name, hint=_REPORT)
+        return (slab.stop - slab.start) * info.row_bytes
+
+    total = sum((slab.stop - slab.start) * slab.target.row_bytes for slab, _ in work.sums.values())
+    with progress("read back", total) as ticker, ThreadPoolExecutor(work.threads or default_threads()) as pool:
+        for nbytes in pool.map(same, work.sums.values()):
+            ticker.update(nbytes)
 
 
 def recode(rows: Packed, slab: Slab, work: Work) -> Packed:

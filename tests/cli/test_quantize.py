@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from weightsmith.cli.app import run
 from weightsmith.formats import imatrix
 from weightsmith.formats.imatrix import Entry, Imatrix
 from weightsmith.quant.recipes import FILE_TYPES
+from weightsmith.types import Packed, TensorInfo
 
 QUANTIZED = [name for name in FILE_TYPES if name not in ("F32", "F16", "BF16", "Q2_K_S")]
 
@@ -113,3 +115,34 @@ def test_no_path_and_no_time_is_in_the_file(wide: Path, tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in data
     assert str(wide.parent).encode() not in data
     assert set(notes(tmp_path / "m.gguf")) == {"tool", "recipe", "arithmetic"}
+
+
+@pytest.mark.parametrize("target", ["gguf:Q4_0", "gguf:F16", "safetensors:F16"])
+def test_what_was_written_is_read_back(
+    target: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A writer that loses a byte is found out, and what it wrote is not left behind."""
+    verb = "quantize" if target == "gguf:Q4_0" else "convert"
+    module = importlib.import_module(f"weightsmith.formats.{target.partition(':')[0]}")
+    create = module.create
+
+    def faulty(*args: Any, **options: Any) -> Any:
+        writer = create(*args, **options)
+        write = writer.write
+
+        def lossy(info: TensorInfo, start: int, rows: Packed) -> None:
+            if info.name == "model.layers.1.mlp.down_proj.weight":
+                rows = rows.copy()
+                rows[-1, -1] ^= 1
+            write(info, start, rows)
+
+        monkeypatch.setattr(type(writer), "write", lambda self, *slab: lossy(*slab), raising=True)
+        return writer
+
+    monkeypatch.setattr(module, "create", faulty)
+    assert run([verb, str(wide), "--to", target, "-o", str(tmp_path / "out"), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert "model.layers.1.mlp.down_proj.weight" in error
+    assert "are not what was written" in error
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".gguf", ".safetensors")]
+    assert not (tmp_path / "out").is_file()
