@@ -84,3 +84,57 @@ def write_mixtral(
         settings |= {"bos_token": "<|begin_of_text|>", "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_native(
+    folder: Path,
+    *,
+    form: str = "safetensors",
+    dtype: str = "BF16",
+    params: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Mistral's form of mistral-inference and 8x22B ("safetensors", "pth"), or the first 8x7B's ("disjoint" files)."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = mixtral_config(max_position_embeddings=32768, bos_token_id=1, eos_token_id=2, **changes)
+    count = config["num_local_experts"]
+    tensors = native.native_tensors(config, dtype, canonical=mixtral_tensors(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"vocab_size": config["vocab_size"], "rope_theta": config["rope_theta"]}
+    if form == "disjoint":
+        tensors = by_rows(tensors, count)
+        for k in range(4):
+            torch.save(dict(list(tensors.items())[k::4]), folder / f"consolidated.{k:02d}.pt")
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        own = {name: config[name] for name in (*names, "rms_norm_eps", "num_local_experts", "num_experts_per_tok")}
+    else:
+        if form == "pth":
+            torch.save(tensors, folder / "consolidated.00.pth")
+        else:
+            save_file(tensors, folder / "consolidated.safetensors")
+        own = {"dim": config["hidden_size"], "hidden_dim": config["intermediate_size"]}
+        own |= {"n_layers": config["num_hidden_layers"], "n_heads": config["num_attention_heads"]}
+        own |= {"n_kv_heads": config["num_key_value_heads"], "norm_eps": config["rms_norm_eps"]}
+        own |= {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
+        own |= {"moe": {"num_experts": count, "num_experts_per_tok": config["num_experts_per_tok"]}}
+    raw = common | own | (params or {})
+    (folder / "params.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    return folder
+
+
+def by_rows(tensors: dict[str, Any], count: int) -> dict[str, Any]:
+    """Native tensors as the first 8x7B has them: all experts of a layer as rows of one tensor, w2 transposed."""
+    import torch
+
+    found = {}
+    for name, value in tensors.items():
+        if ".experts." not in name:
+            found[name.replace("feed_forward", "block_sparse_moe")] = value
+        elif ".experts.0." in name:
+            stem, part = name.removesuffix(".weight").split(".experts.0.")
+            blocks = [tensors[f"{stem}.experts.{e}.{part}.weight"] for e in range(count)]
+            whole = torch.cat([block.T if part == "w2" else block for block in blocks]).contiguous()
+            found[f"{stem.replace('feed_forward', 'block_sparse_moe')}.{part}"] = whole
+    return found

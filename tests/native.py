@@ -41,6 +41,8 @@ LLAMA3_ROPE = {
 
 
 def native_name(name: str) -> str:
+    if ".block_sparse_moe." in name:
+        return name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
     return f"layers.{found[1]}.{PARTS[found[2]]}.weight" if found else GLOBAL[name]
 
@@ -56,12 +58,14 @@ def paired(rows: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def native_tensors(config: dict[str, Any], dtype: str, seed: int = 0) -> dict[str, Any]:
-    """torch tensors under original names, in the original order of rows."""
+def native_tensors(
+    config: dict[str, Any], dtype: str, seed: int = 0, canonical: dict[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """torch tensors under original names, in the original order of rows; `canonical` ones, or a dense model's."""
     import torch
 
     tensors = {}
-    for name, value in llama_tensors(config, seed).items():
+    for name, value in (canonical or llama_tensors(config, seed)).items():
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         count = heads.get(name.split(".")[-2])
         rows = paired(value, count) if count else value

@@ -75,21 +75,20 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
-def layer(
+def linear(weights: Mapping[str, Tensor], tap: Tap | None, name: str, into: Tensor) -> Tensor:
+    """The linear `name` of `into` [..., in]; a bias is used where present."""
+    if tap is not None:
+        tap(name, into)
+    return functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def attention(
     weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
 ) -> Tensor:
-    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype.
-
-    weights: by name within the layer ("self_attn.q_proj.weight"), matrices [out, in]; a bias is used where present.
-    """
-
-    def linear(name: str, into: Tensor) -> Tensor:
-        if tap is not None:
-            tap(name, into)
-        return functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    """The first half of a block, residual included: x [B, T, hidden] to a new tensor of the same shape and dtype."""
 
     def heads(name: str, into: Tensor, count: int) -> Tensor:
-        return linear(name, into).view(*into.shape[:2], count, config.head_dim).transpose(1, 2)
+        return linear(weights, tap, name, into).view(*into.shape[:2], count, config.head_dim).transpose(1, 2)
 
     normed = norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
     query = rope.rotate(heads("self_attn.q_proj", normed, config.n_heads), positions.cos, positions.sin)
@@ -103,7 +102,17 @@ def layer(
         is_causal=positions.seen is None,
         enable_gqa=config.n_heads != config.n_kv_heads,
     )
-    x = linear("self_attn.o_proj", mixed.transpose(1, 2).flatten(2)).add_(x)
+    return linear(weights, tap, "self_attn.o_proj", mixed.transpose(1, 2).flatten(2)).add_(x)
+
+
+def layer(
+    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
+) -> Tensor:
+    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype.
+
+    weights: by name within the layer ("self_attn.q_proj.weight"), matrices [out, in]; a bias is used where present.
+    """
+    x = attention(weights, x, positions, config, tap)
     normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate = functional.silu(linear("mlp.gate_proj", normed), inplace=True)
-    return linear("mlp.down_proj", gate.mul_(linear("mlp.up_proj", normed))).add_(x)
+    gate = functional.silu(linear(weights, tap, "mlp.gate_proj", normed), inplace=True)
+    return linear(weights, tap, "mlp.down_proj", gate.mul_(linear(weights, tap, "mlp.up_proj", normed))).add_(x)

@@ -9,6 +9,7 @@
 | layers.N.feed_forward.w2 | model.layers.N.mlp.down_proj | columns |
 | layers.N.attention_norm, ffn_norm; norm | input_layernorm, post_attention_layernorm; model.norm | the same |
 | output | lm_head | rows |
+| layers.N.feed_forward.gate, .experts.E.w1, w2, w3 | model.layers.N.block_sparse_moe.gate, ... | (never cut) |
 
 `rope.freqs` holds rotary frequencies, which follow from params.json, and is dropped.
 
@@ -38,12 +39,15 @@ _BACK = {canonical: native for native, canonical in _LAYER.items()}
 _GLOBAL_BACK = {canonical: native for native, canonical in _GLOBAL.items()}
 _NATIVE = re.compile(r"layers\.(\d{1,4})\.([a-z0-9_.]+)\.weight")
 _CANONICAL = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)\.weight")
+_MOE = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight")
 _DROPPED = re.compile(r"(layers\.\d{1,4}\.attention\.inner_attention\.)?rope\.freqs")
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 
 
 def native_name(canonical: str) -> str:
     """The original name of a canonical tensor; KeyError for one that these forms do not have (a bias)."""
+    if moe := _MOE.fullmatch(canonical):
+        return f"layers.{moe[1]}.feed_forward.{moe[2]}.weight"
     found = _CANONICAL.fullmatch(canonical)
     return f"layers.{found[1]}.{_BACK[found[2]]}.weight" if found else _GLOBAL_BACK[canonical]
 

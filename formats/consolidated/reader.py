@@ -21,6 +21,7 @@ from weightsmith.types import ModelConfig, Packed, TensorInfo, Vocab
 log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
+TRANSPOSED_ROWS = 256  # a slab of these costs a pass over the whole tensor
 _TOKENIZER = re.compile(r"tokenizer\.model(\.v\d+\w*)?|tekken\.json|tokenizer\.json")
 _COMPANION = re.compile(r"chat_template\.jinja|tokenizer_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?")
 
@@ -80,14 +81,15 @@ class ConsolidatedReader:
         if not 0 <= start <= stop <= joined.info.n_rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {joined.info.n_rows}")
         unit = self.row_unit(name)
-        if unit == 1:
+        if unit == 1 or joined.transposed:
             return self._shards.read(joined, start, stop)
         first, last = start // unit * unit, -(-stop // unit) * unit
         return halve(self._shards.read(joined, first, last), unit)[start - first : stop - first]
 
     def row_unit(self, name: str) -> int:
-        """The head_dim for query and key matrices, else 1."""
-        self._joined(name)
+        """The head_dim for query and key matrices, many for one that is stored transposed, else 1."""
+        if self._joined(name).transposed:
+            return TRANSPOSED_ROWS
         return self.config.head_dim if archs.by_name(self.config.family).permuted_heads(name, self.config) else 1
 
     def vocab(self, pre: str | None = None) -> Vocab | None:

@@ -32,13 +32,14 @@ _SLAB = 8 << 20  # bytes compared at a time
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A whole tensor. parts: one of every rank, in order; axis: 0 for rows, 1 for columns. twins: copies of the parts,
-    which must hold the same bytes.
+    which must hold the same bytes. transposed: the only part is stored (in, out), so a row is a column of it.
     """
 
     info: TensorInfo
     parts: tuple[TensorInfo, ...]
     axis: int = 0
     twins: tuple[TensorInfo, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(slots=True)
@@ -52,6 +53,8 @@ class Shards:
 
     def read(self, joined: Joined, start: int, stop: int) -> Packed:
         """Rows [start, stop): uint8 [stop - start, row_bytes], fresh; IntegrityError if a file became shorter."""
+        if joined.transposed:
+            return self._columns(joined.parts[0], start, stop)
         if joined.axis == 1:
             return np.concatenate([self._part(part, start, stop) for part in joined.parts], axis=1)
         rows = np.empty((stop - start, joined.info.row_bytes), np.uint8)
@@ -82,6 +85,16 @@ class Shards:
         """Whether small tensors are the same, byte for byte."""
         whole = [self._part(part, 0, part.n_rows) for part in parts]
         return all(np.array_equal(whole[0], other) for other in whole[1:])
+
+    def _columns(self, info: TensorInfo, start: int, stop: int) -> Packed:
+        """Columns [start, stop) of a part as rows. Every byte of the part is read for them, a few MB at a time."""
+        size = info.row_bytes // info.row_len
+        found = np.empty((stop - start, info.n_rows, size), np.uint8)
+        step = max(1, _SLAB // info.row_bytes)
+        for at in range(0, info.n_rows, step):
+            rows = self._part(info, at, min(at + step, info.n_rows)).reshape(-1, info.row_len, size)
+            found[:, at : at + len(rows)] = rows[:, start:stop].transpose(1, 0, 2)
+        return found.reshape(stop - start, -1)
 
     def _part(self, info: TensorInfo, start: int, stop: int) -> Packed:
         rows = np.empty((stop - start, info.row_bytes), np.uint8)
@@ -119,6 +132,26 @@ def open_pickled(files: Sequence[Path]) -> Shards:
             shards.handles[file] = handle
             ranks.append(read_tensors(handle, size, path=file))
         _join(ranks, shards)
+    except BaseException:
+        shards.close()
+        raise
+    return shards
+
+
+def open_disjoint(files: Sequence[Path]) -> Shards:
+    """Open .pth files that each hold other tensors, whole ones. Raises what `pickles.read_tensors` does, and
+    IntegrityError for a tensor that is in two of them.
+    """
+    shards = Shards(list(files))
+    try:
+        for file in files:
+            handle, size = open_regular(file)
+            shards.handles[file] = handle
+            for name, info in read_tensors(handle, size, path=file).items():
+                if name in shards.tensors:
+                    other = shards.tensors[name].info.path
+                    raise IntegrityError(f"stored twice, here and in {other}", path=file, tensor=name)
+                shards.tensors[name] = Joined(info, (info,))
     except BaseException:
         shards.close()
         raise

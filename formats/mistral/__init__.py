@@ -1,19 +1,21 @@
 """Mistral's original form: params.json, consolidated weights, tekken.json or a SentencePiece tokenizer.model.vN.
 
-Dense text models are read: 7B v0.1 to v0.3, Nemo, Small 3. Tensors have Meta's names and Meta's rotation of
-neighbouring pairs, and are never cut into ranks. Mixture-of-experts models, image encoders, YaRN, position-dependent
-attention scales and 8-bit weights are recognised and refused by name. Read only: nothing is written in this form.
+Text models are read: 7B v0.1 to v0.3, Nemo, Small 3, Mixtral 8x7B and 8x22B (`experts` knows their layouts). Tensors
+have Meta's names and Meta's rotation of neighbouring pairs, and are never cut into ranks. Other mixtures of experts,
+image encoders, YaRN, position-dependent attention scales and 8-bit weights are recognised and refused by name. Read
+only: nothing is written in this form.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import UnsupportedError
+from weightsmith.errors import NotFoundError, UnsupportedError
 from weightsmith.formats.consolidated.params import read_params
 from weightsmith.formats.consolidated.reader import ConsolidatedReader
-from weightsmith.formats.consolidated.shards import open_pickled, open_safetensors
+from weightsmith.formats.consolidated.shards import open_disjoint, open_pickled, open_safetensors
 from weightsmith.formats.mistral.config import configure, refuse_unknown
+from weightsmith.formats.mistral.experts import STACKED
 from weightsmith.formats.mistral.files import find, has_other_form, is_native, is_weight_file, pickled
 from weightsmith.formats.pickles import demand_permission
 from weightsmith.safename import resolve_inside
@@ -44,10 +46,18 @@ def open_reader(path: Path, *, allow_pickle: bool = False) -> ConsolidatedReader
     parts = pickled(folder)
     refuse_unknown(read_params(folder))
     demand_permission(folder / parts[0], allowed=allow_pickle)
-    if len(parts) > 1:
+    files = [resolve_inside(folder, name) for name in parts]
+    if len(parts) == 1:
+        return ConsolidatedReader(NAME, folder, open_pickled(files), configure)
+    if STACKED not in read_params(folder).raw:
         raise UnsupportedError(
-            f"{len(parts)} pickled files; only consolidated.00.pth by itself is read",
+            f"{len(parts)} pickled files; only consolidated.00.pth by itself is read, and Mixtral 8x7B's eight",
             path=folder,
             hint="Use a safetensors form of the model.",
         )
-    return ConsolidatedReader(NAME, folder, open_pickled([resolve_inside(folder, parts[0])]), configure)
+    for number, name in enumerate(parts):
+        if not name.startswith(f"consolidated.{number:02d}."):
+            raise NotFoundError(
+                f"consolidated.{number:02d}.pt is missing, {parts[-1]} is there", path=folder, hint="Pull it again."
+            )
+    return ConsolidatedReader(NAME, folder, open_disjoint(files), configure)

@@ -2,9 +2,10 @@
 
 head_dim is stated and need not be dim / n_heads (Nemo: 128 with 5120 / 32 = 160). sliding_window is a number, a text
 with one, or a list that repeats over the layers (null: no window); only one and the same window for every layer can be
-expressed. Where rope_theta is absent the first rule of mistral-inference counts: 10000 for a model with a sliding
-window (7B v0.1), else 1000000 (v0.2). The length of the context is often absent as well: 131072 for the vocabulary of
-131072 tokens that came with Nemo, else 32768.
+expressed. Where rope_theta is absent the first rule of mistral-inference counts: 10000 for a dense model with a sliding
+window (7B v0.1), else 1000000 (v0.2, Mixtral). The length of the context is often absent as well: 131072 for the
+vocabulary of 131072 tokens that came with Nemo, 65536 for Mixtral 8x22B's size, else 32768. `mistral.experts` says how
+the experts of Mixtral are told and stored.
 
 Ref: mistral_inference/args.py; convert_mistral_weights_to_hf.py of transformers 4.
 """
@@ -19,14 +20,14 @@ from weightsmith.errors import UnsupportedError
 from weightsmith.formats.consolidated import names
 from weightsmith.formats.consolidated.params import MAX_LAYERS, Params, heads
 from weightsmith.formats.consolidated.shards import Joined, Shards
+from weightsmith.formats.mistral.experts import experts, plain, unstack
 from weightsmith.types import ModelConfig
 
 log = logging.getLogger(__name__)
 
 _TEKKEN_SIZE = 131072
+_LARGE_MIXTRAL = 6144  # width of 8x22B
 _REFUSED = {
-    "moe": "a mixture of experts (Mixtral and later)",
-    "num_local_experts": "a mixture of experts (Mixtral)",
     "vision_encoder": "an image encoder",
     "multimodal": "an image or audio encoder",
     "yarn": "YaRN scaling of the rotary embedding",
@@ -61,6 +62,8 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
     Raises UnsupportedError (another kind of model, by name), IntegrityError (a value of the wrong type or size).
     """
     refuse_unknown(params)
+    params = plain(params)
+    n_experts, n_experts_used = experts(params)
     tensors = shards.tensors
     vocab_size, (n_heads, n_kv_heads) = params.count("vocab_size"), heads(params)
     head_dim = params.count("head_dim")
@@ -72,7 +75,7 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
     if tied and head is not None and embedding is not None:
         tied = shards.equal(head, embedding)  # a stored head counts unless it is a plain copy
     config = ModelConfig(
-        family="mistral",
+        family="mixtral" if n_experts else "mistral",
         vocab_size=vocab_size,
         hidden_size=params.count("dim"),
         intermediate_size=params.count("hidden_dim"),
@@ -81,7 +84,7 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=params.number("norm_eps"),
-        rope_theta=params.number("rope_theta", 10000.0 if window else 1000000.0),
+        rope_theta=params.number("rope_theta", 10000.0 if window and not n_experts else 1000000.0),
         max_position_embeddings=_context(params, vocab_size),
         tie_word_embeddings=tied,
         dtype=embedding.info.codec if embedding else "BF16",
@@ -89,8 +92,10 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
         bos_token_id=1,
         eos_token_ids=(2,),
         name=folder.absolute().name[:200],
+        n_experts=n_experts,
+        n_experts_used=n_experts_used,
     )
-    return config, tensors
+    return config, unstack(tensors, config) if n_experts else tensors
 
 
 def sliding_window(params: Params) -> int | None:
@@ -118,5 +123,7 @@ def _context(params: Params, vocab_size: int) -> int:
         if params.has(key):
             return params.count(key)
     assumed = 131072 if vocab_size >= _TEKKEN_SIZE else 32768
+    if params.has("moe") and params.count("dim") >= _LARGE_MIXTRAL:
+        assumed = 65536
     log.info("%s does not say how long the context is; %d is assumed", params.path, assumed)
     return assumed

@@ -5,6 +5,7 @@
 | consolidated.safetensors | most repositories |
 | consolidated-0000k-of-0000n.safetensors and consolidated.safetensors.index.json | newer, large ones |
 | consolidated.00.pth | older ones; a pickle |
+| consolidated.00.pt to 07.pt | the first Mixtral 8x7B; pickles that hold different tensors |
 
 params.json tells them from Meta's: it states the width of the feed-forward block (`hidden_dim`), Meta's does not.
 Mistral's repositories often hold Hugging Face's form too, which then counts.

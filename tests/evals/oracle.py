@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.moe import stacked
 from weightsmith.types import ModelConfig
 
 
 def oracle(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Any:
     """A transformers model over canonical float32 tensors, eager attention, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
 
     rope_parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
@@ -41,6 +49,13 @@ def oracle(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Any:
     }
     if config.family == "mistral":
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=config.sliding_window))
+    elif config.family == "mixtral":
+        experts = {"num_local_experts": config.n_experts, "num_experts_per_tok": config.n_experts_used}
+        model = MixtralForCausalLM(MixtralConfig(**common, **experts, sliding_window=config.sliding_window))
+        tensors = {
+            name: value.numpy()
+            for name, value in stacked({k: torch.from_numpy(v) for k, v in tensors.items()}, config.n_experts).items()
+        }
     else:
         model = LlamaForCausalLM(LlamaConfig(**common, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias))
     state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}

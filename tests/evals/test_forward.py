@@ -28,6 +28,9 @@ CASES = {
     "mistral": replace(TINY, family="mistral", head_dim=16),
     "sliding": replace(TINY, family="mistral", sliding_window=4),
     "window of one": replace(TINY, family="mistral", sliding_window=1),
+    "mixtral": replace(TINY, family="mixtral", n_experts=5, n_experts_used=2),
+    "one expert": replace(TINY, family="mixtral", n_experts=3, n_experts_used=1, n_kv_heads=4),
+    "all experts": replace(TINY, family="mixtral", n_experts=3, n_experts_used=3, sliding_window=7),
     "window as long": replace(TINY, family="mistral", sliding_window=24),
 }
 
