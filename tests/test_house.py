@@ -15,7 +15,7 @@ FOLDERS = ("weightsmith", "formats", "quant", "evals")
 # A module may import its own layer and those before it.
 LAYERS = (
     ("weightsmith._version", "weightsmith.errors", "weightsmith.types", "weightsmith.progress"),
-    ("weightsmith.atomic", "weightsmith.safename", "weightsmith.suggest"),
+    ("weightsmith.atomic", "weightsmith.safename", "weightsmith.suggest", "weightsmith.sizes"),
     ("weightsmith.quant",),
     ("weightsmith.formats",),
     ("weightsmith.evals",),
@@ -28,6 +28,11 @@ LAYERS = (
             "weightsmith.pull",
             "weightsmith.derive",
             "weightsmith.texts",
+            "weightsmith.aliases",
+            "weightsmith.family",
+            "weightsmith.usage",
+            "weightsmith.difference",
+            "weightsmith.builds",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
     ),

@@ -172,7 +172,9 @@ class Catalog:
 
         Ends early where a parent is not in the catalog any more: the last entry's `parent` then is not None.
         """
-        chain, known = [self.get(ref)], {entry.digest: entry for entry in self.entries()}
+        # Of two entries with the same bytes the alias comes first, so that the other one is the one that stays known.
+        by_rank = sorted(self.entries(), key=lambda entry: entry.alias_of is None)
+        chain, known = [self.get(ref)], {entry.digest: entry for entry in by_rank}
         while (parent := chain[-1].parent) in known and known[parent] not in chain:
             chain.append(known[parent])
         return chain
@@ -249,7 +251,17 @@ class Reservation:
         entry = self._entry(dict(origin or {}), parent, type, hashes or {})
         licence = licence or entry.origin.get("licence") or (parent.licence if parent else None)
         recipe = {"tool": "weightsmith", "version": __version__, **recipe} if recipe is not None else None
-        entry = dataclasses.replace(entry, licence=licence, recipe=recipe)
+        return self._place(dataclasses.replace(entry, licence=licence, recipe=recipe), overwrite=overwrite)
+
+    def link(self, entry: Entry) -> Entry:
+        """Make `name:tag` an alias of `entry`: the same files by link, the same record; replaces what stood there."""
+        for file in entry.files:
+            store.take_in(entry.folder / file.path, self.folder / file.path)
+        folder = self.catalog.models / self.name / self.tag
+        alias = dataclasses.replace(entry, name=self.name, tag=self.tag, folder=folder, alias_of=entry.tag)
+        return self._place(alias, overwrite=True)
+
+    def _place(self, entry: Entry, *, overwrite: bool) -> Entry:
         write_text(self.folder / RECORD, record_text(entry))
         target = entry.folder
         with store.locked(self.catalog.models / ".lock"), disk_errors(target):

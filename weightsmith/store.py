@@ -64,6 +64,7 @@ class Entry:
     container: of `weightsmith.formats`. type: of its weights, the most frequent one ("Q4_0", "BF16"). parent: digest of
     what it was made from, and parent_ref its name then. origin: where it was pulled from (see `sources.Fetched`).
     recipe: how it was made. created: UTC, ISO 8601. evaluations: results in the order they came. nbytes: of all files.
+    alias_of: the tag that an alias stands for (its files are links to the same bytes).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Entry:
     recipe: dict[str, Any] | None = None
     licence: str | None = None
     evaluations: tuple[dict[str, Any], ...] = ()
+    alias_of: str | None = None
 
     @property
     def ref(self) -> str:
@@ -172,6 +174,21 @@ def _try_lock(path: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of the file or folder `path`; True where there is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return not os.path.lexists(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 class Staging:

@@ -88,10 +88,10 @@ def _interrupt(signum: int, frame: Any) -> None:
 def run(args: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        cli.main(args=args, prog_name="weightsmith", standalone_mode=False)
+        code = cli.main(args=args, prog_name="weightsmith", standalone_mode=False)
         sys.stdout.flush()
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        if isinstance(code, int):  # of click.exceptions.Exit: a verb that has told its result and why it failed
+            return code
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
-
 
 class Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes: 5GB, 512MiB, 1000000."""
@@ -26,18 +22,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The size in bytes; a usage error for anything else."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().upper()
-        digits = text.rstrip("KMGTIB")
-        unit = text[len(digits) :].strip()
+        from weightsmith.errors import UsageError
+        from weightsmith.sizes import parse_size
+
         try:
-            nbytes = int(float(digits) * _UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is no size; write for instance 5GB or 512MiB", param, ctx)
-        if nbytes <= 0:
-            self.fail(f"{value!r} must be above zero", param, ctx)
-        return nbytes
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
 
 
 def _begin(ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:

@@ -18,8 +18,8 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     """Aligned columns; numbers to the right."""
     from tabulate import tabulate
 
-    align = _align(rows, headers)
-    return str(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align))
+    shape: dict[str, Any] = {"tablefmt": "simple", "disable_numparse": True, "colalign": _align(rows, headers)}
+    return str(tabulate(rows, headers=headers, preserve_whitespace=True, **shape))
 
 
 def _align(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> list[str]:

