@@ -31,7 +31,7 @@ def plan(told: Told, *args: str) -> dict[str, list[str]]:
 
 
 def test_everything_is_made_once(here: Path, build: Build, told: Told) -> None:
-    assert plan(told) == dict.fromkeys(ORIGINALS | TARGETS, ["missing"])
+    assert plan(told) == {ref: ["missing"] for ref in ORIGINALS | TARGETS}
     assert told("list")["models"] == [], "a dry run does nothing"
     assert build() == dict.fromkeys(ORIGINALS | TARGETS, "made")
     first = {model["ref"]: model for model in told("list")["models"]}
@@ -302,6 +302,7 @@ def test_calibration_text_and_imatrix_are_known_by_their_bytes(here: Path, build
         ("gguf:Q4_0", "gptq:4", 7, "needs a text to calibrate on"),
         ("effort: fast", "rows: 4", 7, "does nothing without `calibrate`"),
         ("effort: fast", "calibrate: absent.txt", 7, "no such file"),
+        ("effort: fast", "calibrate: hf://datasets/o/n@main", 7, "pinned to a commit"),
         ("effort: fast", "tensor_types: {attn_v: Q9}", 7, "unknown type 'Q9'"),
         ("text: eval.txt", "text: absent.txt", 10, "no such file"),
         ("recipe: f16}", "recipe: [f16, q8], tag: x}", 14, "one tag cannot serve several recipes"),

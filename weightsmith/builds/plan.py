@@ -3,9 +3,9 @@
     recipes:
       q4:                            # the tag that results get, unless a build names another
         target: gguf:Q4_K_M          # required; what `quantize --to` and `convert --to` take
-        effort: normal               # every other key is an option of `quantize`: effort, calibrate, rows, ctx, seed,
-        calibrate: calib.txt         #   imatrix, group_size, sym, tensor_types, output_type, embedding_type, pure,
-        tensor_types: {attn_v: Q6_K} #   strict, split, pre, allow_pickle
+        effort: normal               # every other key is an option of `quantize`: effort, calibrate, field, rows, ctx,
+        calibrate: calib.txt         #   seed, imatrix, group_size, sym, tensor_types, output_type, embedding_type,
+        tensor_types: {attn_v: Q6_K} #   pure, strict, split, pre, allow_pickle
     gates:
       close:
         max_kld: 0.05                # mean KL divergence against the original, nats per token
@@ -21,8 +21,9 @@
         gate: close
         alias: prod                  # moves to the result when every gate is passed
 
-Files are named as seen from the registry's own folder. Recipes and gates are found as models are (the shipped file,
-HOME/registry.yaml, the given one, later ones win); builds only in the given file, or the one in the current folder.
+Files are named as seen from the registry's own folder. `calibrate` takes what `quantize --calibrate` takes; a dataset
+on the hub must be pinned to a commit. Recipes and gates are found as models are (the shipped file, HOME/registry.yaml,
+the given one, later ones win); builds only in the given file, or the one in the current folder.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith import jobs
+from weightsmith import jobs, texts
 from weightsmith.calibrated import PACKED, Calibration
 from weightsmith.errors import NotFoundError, UsageError
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.sizes import parse_size
-from weightsmith.sources import registry
+from weightsmith.sources import dataset, registry
+from weightsmith.sources.source import COMMIT
 from weightsmith.suggest import did_you_mean
 from weightsmith.types import Recipe
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from weightsmith.sources.marked_yaml import Document
 
 ORIGINAL = "original"
-_CALIBRATING = ("rows", "ctx", "seed", "group_size", "sym")
+_SETTINGS = ("rows", "ctx", "seed", "group_size", "sym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,24 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibrate:
+    """A text that a recipe calibrates on, not read yet: a file or a dataset, its records' field, how it is used."""
+
+    named: str
+    field: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def load(self, *, home: Path, offline: bool) -> Calibration:
+        """Read it, or fetch it; raises what `texts.load` and `dataset.fetch` raise."""
+        if self.named.startswith(dataset.PREFIX):
+            path, where = dataset.fetch(self.named, home=home, offline=offline)
+            text = texts.load(path, name=where, field=self.field)
+        else:
+            text = texts.load(Path(self.named), field=self.field)
+        return Calibration(text, **dict(self.settings))
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One entry of the catalog to be there: a pulled model (`source`), or `recipe` applied to what `parent` names.
 
@@ -92,6 +112,7 @@ class Job:
     recipe_name: str = ""
     target: jobs.Target | None = None
     options: jobs.Options = field(default_factory=jobs.Options)
+    calibrate: Calibrate | None = None
     gates: tuple[Gate, ...] = ()
     aliases: tuple[str, ...] = ()
     licence: str | None = None
@@ -218,7 +239,7 @@ class _Planner:
         for gate in _listed(raw.get("gate", [])):
             if gate not in self.gates:
                 raise self._fault(build, "gate", f"no gate {gate!r}. {did_you_mean(gate, self.gates)}")
-        target, options = _recipe(recipe, *self.recipes[recipe])
+        target, options, calibrate = _recipe(recipe, *self.recipes[recipe])
         job = Job(
             parent.name,
             raw.get("tag", recipe),
@@ -228,6 +249,7 @@ class _Planner:
             recipe_name=recipe,
             target=target,
             options=options,
+            calibrate=calibrate,
             gates=tuple(self.gates[gate] for gate in _listed(raw.get("gate", []))),
             aliases=tuple(_listed(raw.get("alias", []))),
             licence=parent.licence,
@@ -268,8 +290,8 @@ def _gate(name: str, raw: Any, document: Document) -> Gate:
     return Gate(name, **values)
 
 
-def _recipe(name: str, raw: Any, document: Document) -> tuple[jobs.Target, jobs.Options]:
-    """The target and options of a recipe; raises UsageError with the line of what does not fit."""
+def _recipe(name: str, raw: Any, document: Document) -> tuple[jobs.Target, jobs.Options, Calibrate | None]:
+    """The target, options and calibration text of a recipe; raises UsageError with the line of what does not fit."""
 
     def fault(key: str, message: str) -> UsageError:
         return UsageError(f"{name}: {message}", path=document.place(("recipes", name, key)))
@@ -284,15 +306,14 @@ def _recipe(name: str, raw: Any, document: Document) -> tuple[jobs.Target, jobs.
     for key, kind in types:
         if kind not in BLOCKS:
             raise fault(key if key in raw else "tensor_types", f"unknown type {kind!r}. {did_you_mean(kind, BLOCKS)}")
-    calibrate = _beside(document, ("recipes", name, "calibrate"), raw["calibrate"]) if "calibrate" in raw else None
+    calibrate = _calibrate(name, raw, document)
     if calibrate is None:
         if target.container in PACKED:
             raise fault("target", f"{target.container} needs a text to calibrate on: `calibrate: FILE`")
-        if idle := [key for key in _CALIBRATING if key in raw]:
+        if idle := [key for key in ("field", *_SETTINGS) if key in raw]:
             raise fault(idle[0], f"{idle[0]} does nothing without `calibrate`")
     elif "imatrix" in raw:
         raise fault("imatrix", "imatrix and calibrate exclude each other")
-    settings = {key: raw[key] for key in _CALIBRATING if key in raw}
     options = jobs.Options(
         pre=raw.get("pre"),
         split_bytes=parse_size(raw["split"]) if "split" in raw else None,
@@ -300,7 +321,6 @@ def _recipe(name: str, raw: Any, document: Document) -> tuple[jobs.Target, jobs.
         imatrix=_beside(document, ("recipes", name, "imatrix"), raw["imatrix"]) if "imatrix" in raw else None,
         effort=raw.get("effort", "normal"),
         allow_pickle=raw.get("allow_pickle", False),
-        calibration=Calibration(calibrate, **settings) if calibrate else None,
         overwrite=True,
         recipe=Recipe(
             pure=raw.get("pure", False),
@@ -309,4 +329,17 @@ def _recipe(name: str, raw: Any, document: Document) -> tuple[jobs.Target, jobs.
             embedding_type=raw["embedding_type"].upper() if "embedding_type" in raw else None,
         ),
     )
-    return target, options
+    return target, options, calibrate
+
+
+def _calibrate(name: str, raw: Any, document: Document) -> Calibrate | None:
+    if "calibrate" not in raw:
+        return None
+    named, path = raw["calibrate"], ("recipes", name, "calibrate")
+    if named.startswith(dataset.PREFIX):
+        if not COMMIT.fullmatch(named.partition("@")[2].partition("/")[0]):
+            message = f"{name}: a dataset is pinned to a commit, as hf://datasets/ORG/NAME@COMMIT/FILE"
+            raise UsageError(message, path=document.place(path))
+    else:
+        named = str(_beside(document, path, named))
+    return Calibrate(named, raw.get("field"), tuple((key, raw[key]) for key in _SETTINGS if key in raw))

@@ -22,6 +22,7 @@ from weightsmith.builds.plan import Job
 from weightsmith.catalog import Catalog
 from weightsmith.errors import WeightsmithError
 from weightsmith.formats import imatrix
+from weightsmith.jobs import Options
 from weightsmith.quant import ARITHMETIC_VERSION
 from weightsmith.sources.registry import RegistryEntry
 from weightsmith.sources.source import COMMIT, bare_url, parse
@@ -31,11 +32,11 @@ MAX_FILES = 10_000
 _PLAIN = {"effort": "normal"}  # what a recipe means that does not say it
 
 
-def derivation(job: Job, parent: Entry) -> dict[str, Any]:
-    """What the result of `job` is made from, as plain values. Reads the calibration text or imatrix."""
-    found: dict[str, Any] = {"source": parent.digest, "target": str(job.target), **job.options.record()}
-    if job.options.imatrix is not None:
-        found["imatrix"] = f"sha256:{imatrix.read(job.options.imatrix).digest()}"
+def derivation(job: Job, options: Options, parent: Entry) -> dict[str, Any]:
+    """What the result of `job` is made from, as plain values. options: with the calibration text. Reads the imatrix."""
+    found: dict[str, Any] = {"source": parent.digest, "target": str(job.target), **options.record()}
+    if options.imatrix is not None:
+        found["imatrix"] = f"sha256:{imatrix.read(options.imatrix).digest()}"
     found |= {"arithmetic": str(ARITHMETIC_VERSION), "version": __version__}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

@@ -17,6 +17,7 @@ from weightsmith.builds import gates, state
 from weightsmith.builds.plan import ORIGINAL, Job
 from weightsmith.catalog import Catalog
 from weightsmith.errors import IntegrityError, InterruptedRunError, ResourceError, WeightsmithError
+from weightsmith.jobs import Options
 from weightsmith.sources import Source, fetch, parse
 from weightsmith.store import Entry
 
@@ -105,8 +106,9 @@ def _make(job: Job, settings: Settings, outcome: Outcome) -> None:
         outcome.status = "made" if outcome.reasons else "there"
     else:
         parent = catalog.get(str(job.parent))
-        outcome.key = state.key_of(state.derivation(job, parent))
-        entry = _derived(catalog, job, parent, settings) if outcome.reasons else catalog.get(job.ref)
+        options = _options(job, settings)
+        outcome.key = state.key_of(state.derivation(job, options, parent))
+        entry = _derived(catalog, job, parent, options, settings) if outcome.reasons else catalog.get(job.ref)
         outcome.status = "made" if outcome.reasons else "there"
         outcome.digest, outcome.nbytes = entry.digest, entry.nbytes
         original = catalog.get(f"{job.name}:{ORIGINAL}")
@@ -132,7 +134,7 @@ def _reasons(catalog: Catalog, job: Job, settings: Settings) -> list[str]:
         return [f"damaged: {error.message}"]
     if job.target is None:
         return state.source_changes(entry, job.source, catalog) if job.source is not None else []
-    wanted = state.derivation(job, catalog.get(str(job.parent)))
+    wanted = state.derivation(job, _options(job, settings), catalog.get(str(job.parent)))
     return state.changes(wanted, entry, any_version=settings.any_version)
 
 
@@ -154,18 +156,21 @@ def _pulled(catalog: Catalog, job: Job, settings: Settings) -> Entry:
     return entry
 
 
-def _derived(catalog: Catalog, job: Job, parent: Entry, settings: Settings) -> Entry:
+def _options(job: Job, settings: Settings) -> Options:
+    """The job's options with its calibration text."""
+    if job.calibrate is None:
+        return job.options
+    return replace(job.options, calibration=job.calibrate.load(home=settings.home, offline=settings.offline))
+
+
+def _derived(catalog: Catalog, job: Job, parent: Entry, options: Options, settings: Settings) -> Entry:
     if job.target is None:
         return parent
-    calibration = job.options.calibration
+    memory, threads, calibration = settings.memory, settings.threads, options.calibration
     if calibration is not None:
-        calibration = replace(
-            calibration,
-            device=gates.torch_device(settings.device),
-            memory=settings.memory,
-            threads=settings.threads,
-        )
-    options = replace(job.options, threads=settings.threads, memory=settings.memory, calibration=calibration)
+        device = gates.torch_device(settings.device)
+        calibration = replace(calibration, device=device, memory=memory, threads=threads)
+    options = replace(options, calibration=calibration, memory=memory, threads=threads)
     return derive.derive(catalog, parent, job.target, options, tag=job.tag)[1]
 
 
