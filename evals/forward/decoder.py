@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,35 @@ class Decoder:
 
     def layers(self) -> Iterator[Mapping[str, Tensor]]:
         """Each layer's weights in turn, the next one loading meanwhile; drop one before asking for the next."""
-        prefixes = [self.kind.LAYER.format(number) for number in range(self.config.n_layers)]
-        return weights.stream(self.reader, prefixes, self.place)
+        return weights.stream([self.layer_at(number) for number in range(self.config.n_layers)], self.place)
+
+    def layer_at(self, number: int) -> tuple[Reader, str]:
+        """Where a layer's weights lie: a reader and what their names begin with."""
+        return self.reader, self.kind.LAYER.format(number)
 
     def step(self, length: int) -> int:
         """Windows of `length` tokens that go through a layer at once."""
         fits: int = self.memory // 4 // self.kind.working_bytes(self.config, length)
         cap = STEP_TOKENS // length if self.place.device.type == "cpu" else fits
         return max(1, min(fits, cap))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer, [B, T, hidden] on the device, for int64 tokens [B, T]."""
+        return weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
+
+    @torch.inference_mode()
+    def through(self, layer: Mapping[str, Tensor], x: Tensor, tables: Any) -> None:
+        """Replace states x [B, T, hidden] by what a layer makes of them, a step of windows at a time."""
+        step = self.step(x.shape[1])
+        for at in range(0, len(x), step):
+            x[at : at + step] = self.kind.layer(layer, x[at : at + step], tables, self.config)
+
+    @torch.inference_mode()
+    def finish(self, x: Tensor) -> None:
+        """Replace states x [B, T, hidden] by their norm, which is what `logits` takes."""
+        final, step = weights.tensor(self.reader, self.kind.NORM, self.place), self.step(x.shape[1])
+        for at in range(0, len(x), step):
+            x[at : at + step] = self.kind.norm(x[at : at + step], final, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, on_layer: OnLayer | None = None) -> Tensor:
@@ -57,21 +79,15 @@ class Decoder:
         Every window starts at position 0 and sees only itself. `on_layer(i, hidden)` is called after layer i with the
         live states [B, T, hidden], which it must not change.
         """
-        length = tokens.shape[1]
-        x = weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
-        tables = self.kind.tables(self.config, length, self.place)
-        step = self.step(length)
+        x, tables = self.embed(tokens), self.kind.tables(self.config, tokens.shape[1], self.place)
         layers = self.layers()
         for number in range(self.config.n_layers):
             layer = next(layers)  # not by enumerate or zip, which would keep a reference to it
-            for at in range(0, len(x), step):
-                x[at : at + step] = self.kind.layer(layer, x[at : at + step], tables, self.config)
+            self.through(layer, x, tables)
             del layer  # the next one is already loading
             if on_layer is not None:
                 on_layer(number, x)
-        final = weights.tensor(self.reader, self.kind.NORM, self.place)
-        for at in range(0, len(x), step):
-            x[at : at + step] = self.kind.norm(x[at : at + step], final, self.config.rms_norm_eps)
+        self.finish(x)
         return x
 
     @property

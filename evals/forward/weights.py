@@ -5,7 +5,7 @@ Plain float layouts are converted by torch in the copy itself; every other layou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -90,15 +90,16 @@ def layer(reader: Reader, prefix: str, place: Place) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor(reader, name, place) for name in names}
 
 
-def stream(reader: Reader, prefixes: list[str], place: Place) -> Iterator[dict[str, Tensor]]:
-    """The weights under each prefix in turn; the next ones load in a thread while the caller computes.
+def stream(places: Sequence[tuple[Reader, str]], place: Place) -> Iterator[dict[str, Tensor]]:
+    """The weights under each (reader, prefix) in turn; the next ones load in a thread while the caller computes.
 
-    The caller must drop its reference before it asks for the next, so that two layers, not three, are in memory.
+    The caller must drop its reference before it asks for the next, so that two layers, not three, are in memory, of
+    however many readers.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-        coming = [pool.submit(layer, reader, prefixes[0], place)]
-        for prefix in [*prefixes[1:], None]:
+        coming = [pool.submit(layer, *places[0], place)]
+        for following in [*places[1:], None]:
             ready = [coming.pop().result()]
-            if prefix is not None:
-                coming.append(pool.submit(layer, reader, prefix, place))
+            if following is not None:
+                coming.append(pool.submit(layer, *following, place))
             yield ready.pop()  # popped, so that this frame holds no layer while the caller computes
