@@ -18,9 +18,12 @@ _SWEEPS = {"fast": 0, "normal": 2, "best": 4}
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The text and how it is used. rows: windows of `ctx` tokens drawn from it. group_size and sym: of GPTQ and AWQ."""
+    """The text and how it is used. rows: windows of `ctx` tokens drawn from it. group_size and sym: of GPTQ and AWQ.
 
-    text: Text
+    text: None lets the model write its own (`evals.calibration.generate`).
+    """
+
+    text: Text | None
     rows: int = 128
     ctx: int = 512
     seed: int = 0
@@ -33,15 +36,23 @@ class Calibration:
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values: the text by its digest, never by its path."""
         kept = {"rows": self.rows, "ctx": self.ctx, "seed": self.seed, "group_size": self.group_size, "sym": self.sym}
-        return {"text": f"sha256:{self.text.sha256}", **kept}
+        return {"text": f"sha256:{self.text.sha256}" if self.text is not None else "self", **kept}
+
+    def read(self, reader: Reader, pre: str | None) -> str:
+        """The text as `reader`'s model gets it; raises what rendering and writing raise."""
+        if self.text is not None:
+            return self.text.render(reader, pre=pre)
+        from weightsmith.evals.calibration.generate import write  # noqa: PLC0415  (loads torch)
+
+        return write(reader, _options(self, pre))
 
 
 def importances(reader: Reader, calibration: Calibration, *, pre: str | None = None, output: bool = False) -> Imatrix:
     """Measure an imatrix of the whole model, layer by layer. output: of the output matrix too."""
     from weightsmith.evals.calibration import imatrix  # noqa: PLC0415  (loads torch)
 
-    text = calibration.text.render(reader, pre=pre)
-    return imatrix(reader, text, _options(calibration, pre), output=output, dataset=calibration.text.name)
+    text, name = calibration.read(reader, pre), calibration.text.name if calibration.text is not None else "self"
+    return imatrix(reader, text, _options(calibration, pre), output=output, dataset=name)
 
 
 def packed(  # noqa: PLR0913  (every choice, all by keyword)
@@ -70,7 +81,7 @@ def packed(  # noqa: PLR0913  (every choice, all by keyword)
         scaled=effort != "fast",
         split_bytes=split_bytes,
     )
-    text = calibration.text.render(reader, pre=pre)
+    text = calibration.read(reader, pre)
     return quantize_packed(reader, out, text, options, overwrite=overwrite, notes=notes).path
 
 
@@ -85,5 +96,5 @@ def _options(calibration: Calibration, pre: str | None) -> Any:
         memory=calibration.memory or 1 << 30,
         threads=calibration.threads,
         pre=pre,
-        special=calibration.text.special,
+        special=calibration.text is not None and calibration.text.special,
     )

@@ -3,6 +3,7 @@
 | module | what it does |
 |---|---|
 | rows | text to token windows, a seeded sample of them |
+| generate | text that the model writes itself |
 | states | the hidden states between two layers, in memory or in a file |
 | stream | the pass itself: `calibrate` for quantizers, `imatrix` for importances |
 | fold | scales moved between linears and what feeds them |

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,11 +46,28 @@ Tap = Callable[[str, Tensor], None]  # (linear's name within the layer, its inpu
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What depends on positions alone: rotary cosines and sines [T, head_dim]; seen: bool [T, T], None if causal."""
+    """What depends on positions alone: rotary cosines and sines [T, head_dim]; seen: bool [T, T], None if causal.
+
+    past: keys and values of earlier positions, where a text is written step by step; `seen` is [1, all positions] then.
+    """
 
     cos: Tensor
     sin: Tensor
     seen: Tensor | None
+    past: Past | None = None
+
+    def at(self, position: int, past: Past) -> Tables:
+        """The tables of one position behind `past`."""
+        here = slice(position, position + 1)
+        seen = None if self.seen is None else self.seen[here, : position + 1]
+        return Tables(self.cos[here], self.sin[here], seen, past)
+
+
+class Past(Protocol):
+    """What keeps keys and values between calls."""
+
+    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep key and value [B, heads, n, head_dim] of the next n positions; return all so far."""
 
 
 def tables(config: ModelConfig, length: int, place: Place) -> Tables:
@@ -94,12 +112,14 @@ def attention(
     query = rope.rotate(heads("self_attn.q_proj", normed, config.n_heads), positions.cos, positions.sin)
     key = rope.rotate(heads("self_attn.k_proj", normed, config.n_kv_heads), positions.cos, positions.sin)
     value = heads("self_attn.v_proj", normed, config.n_kv_heads)
+    if positions.past is not None:
+        key, value = positions.past.join(key, value)
     mixed = functional.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=positions.seen,
-        is_causal=positions.seen is None,
+        is_causal=positions.seen is None and positions.past is None,
         enable_gqa=config.n_heads != config.n_kv_heads,
     )
     return linear(weights, tap, "self_attn.o_proj", mixed.transpose(1, 2).flatten(2)).add_(x)

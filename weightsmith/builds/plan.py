@@ -86,12 +86,8 @@ class Calibrate:
     settings: tuple[tuple[str, Any], ...] = ()
 
     def load(self, *, home: Path, offline: bool) -> Calibration:
-        """Read it, or fetch it; raises what `texts.load` and `dataset.fetch` raise."""
-        if self.named.startswith(dataset.PREFIX):
-            path, where = dataset.fetch(self.named, home=home, offline=offline)
-            text = texts.load(path, name=where, field=self.field)
-        else:
-            text = texts.load(Path(self.named), field=self.field)
+        """Read it, or fetch it; raises what `texts.find` raises."""
+        text = texts.find(self.named, home=home, field=self.field, offline=offline)
         return Calibration(text, **dict(self.settings))
 
 
@@ -340,6 +336,6 @@ def _calibrate(name: str, raw: Any, document: Document) -> Calibrate | None:
         if not COMMIT.fullmatch(named.partition("@")[2].partition("/")[0]):
             message = f"{name}: a dataset is pinned to a commit, as hf://datasets/ORG/NAME@COMMIT/FILE"
             raise UsageError(message, path=document.place(path))
-    else:
+    elif named != texts.SELF:
         named = str(_beside(document, path, named))
     return Calibrate(named, raw.get("field"), tuple((key, raw[key]) for key in _SETTINGS if key in raw))

@@ -24,7 +24,7 @@ from weightsmith.cli.output import emit, fields
     "--text",
     "text",
     required=True,
-    help="Text to measure on: a file of text or .jsonl, or hf://datasets/ORG/NAME[/FILE].",
+    help="Text to measure on: a file of text or .jsonl, hf://datasets/ORG/NAME[/FILE], or self.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @calibration_options

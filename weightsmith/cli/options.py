@@ -136,20 +136,12 @@ def evaluation_text(path: Path | None) -> str:
     return texts.decode(path.read_bytes(), path)
 
 
-def calibration_text(named: str, field: str | None) -> Text:
-    """The text of --calibrate or --text: a file of text or of records, or a dataset on the hub."""
+def calibration_text(named: str, field: str | None) -> Text | None:
+    """The text of --calibrate or --text, None for the model's own; see `weightsmith.texts`."""
     from weightsmith import texts
     from weightsmith.catalog import Catalog
-    from weightsmith.errors import NotFoundError
-    from weightsmith.sources import dataset
 
-    if named.startswith(dataset.PREFIX):
-        path, where = dataset.fetch(named, home=Catalog().home)
-        return texts.load(path, name=where, field=field)
-    path = Path(named).expanduser()
-    if not path.is_file():
-        raise NotFoundError("no such file", path=path, hint="A text, a .jsonl file or hf://datasets/ORG/NAME is meant.")
-    return texts.load(path, field=field)
+    return texts.find(named, home=Catalog().home, field=field)
 
 
 def torch_device(name: str) -> str:

@@ -40,7 +40,7 @@ from weightsmith.cli.options import (
 @click.option(
     "--calibrate",
     metavar="TEXT",
-    help="Text to calibrate on: a file of text or .jsonl, or hf://datasets/ORG/NAME[/FILE].",
+    help="Text to calibrate on: a file of text or .jsonl, hf://datasets/ORG/NAME[/FILE], or self.",
 )
 @calibration_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns per scale of gptq and awq.")

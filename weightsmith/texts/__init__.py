@@ -6,6 +6,7 @@
 | `FILE.jsonl` | one JSON object a line: `messages` (a chat), or a string under `text` or `content`, or under --field |
 | `FILE.parquet` | the same as columns; needs pyarrow |
 | `hf://datasets/ORG/NAME[@REV][/FILE]` | such a file of a dataset on the hub, pinned and verified |
+| `self` | what the model writes itself (`evals.calibration.generate`) |
 
 Records are joined by an empty line. Chats are written out by the model's own template (`chat`), and then control tokens
 in the text are tokens. Of a large file the first 64 MB are taken: a calibration draws a few hundred kilobytes.
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import UnsupportedError, UsageError
+from weightsmith.errors import NotFoundError, UnsupportedError, UsageError
+from weightsmith.sources import dataset
 from weightsmith.texts import chat, records
 from weightsmith.types import Reader
 
@@ -56,6 +58,26 @@ class Text:
                 hint="Name a field that holds plain text with --field.",
             )
         return chat.render(self.chats, vocab, where=str(reader.path))
+
+
+SELF = "self"
+
+
+def find(named: str, *, home: Path, field: str | None = None, offline: bool = False) -> Text | None:
+    """The text that a user named, None for the model's own; `home` is the catalog's folder.
+
+    Raises NotFoundError (no such file) and what `load` and `dataset.fetch` raise.
+    """
+    if named == SELF:
+        return None
+    if named.startswith(dataset.PREFIX):
+        path, where = dataset.fetch(named, home=home, offline=offline)
+        return load(path, name=where, field=field)
+    path = Path(named).expanduser()
+    if not path.is_file():
+        hint = f"A text, a .jsonl file, {dataset.PREFIX}ORG/NAME or self is meant."
+        raise NotFoundError("no such file", path=path, hint=hint)
+    return load(path, field=field)
 
 
 def load(path: Path, *, name: str | None = None, field: str | None = None) -> Text:
