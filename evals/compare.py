@@ -8,7 +8,8 @@ The original's tokenizer serves both. Where the candidate carries one too, it mu
 a lost merge or BOS is a defect of the candidate and no matter of statistics.
 
 An `Original` can keep its scored hidden states (tokens times hidden size, far smaller than logits), so that several
-candidates are compared at the cost of one pass over the original.
+candidates are compared at the cost of one pass over the original, whenever they come. Where all are there at once,
+`weightsmith.evals.together` keeps nothing and measures more.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from torch import Tensor
 
 from weightsmith.errors import UnsupportedError, UsageError
 from weightsmith.evals import engines, scores
+from weightsmith.evals.drift import Drift
 from weightsmith.evals.engines.torch import NAME as TORCH
 from weightsmith.evals.engines.torch import head, scored_states, threads
 from weightsmith.evals.forward import Decoder, load
+from weightsmith.evals.noise import Noise
 from weightsmith.evals.perplexity import Perplexity, finite, summary
 from weightsmith.evals.ruler import METRICS_VERSION, Ruler
 from weightsmith.evals.windows import Windows, cut, tokenize
@@ -37,7 +40,7 @@ class Comparison:
     """A candidate against its original. Divergences in nats per token, KL(original || candidate).
 
     ratio: candidate's perplexity over the original's; ratio_stderr from paired differences. kld_99: 99th percentile.
-    top1: share of predictions whose most likely token is the same.
+    top1: share of predictions whose most likely token is the same. drift, noise: where `together` measured them.
     """
 
     candidate: Perplexity
@@ -52,6 +55,8 @@ class Comparison:
     top1: float
     top1_stderr: float
     metrics_version: int = METRICS_VERSION
+    drift: Drift | None = None
+    noise: Noise | None = None
 
 
 @dataclass(slots=True)
@@ -92,7 +97,7 @@ def prepare(reader: Reader, text: str, ruler: Ruler | None = None, *, keep: bool
     return Original(reader, text, ruler, tokens, cut(tokens, ruler, bos_id=bos_id), keep)
 
 
-def _check_same_tokens(candidate: Reader, original: Original) -> None:
+def check_same_tokens(candidate: Reader, original: Original) -> None:
     """UsageError unless both models have the same vocabulary size and read the text as the same tokens."""
     found, wanted = candidate.config.vocab_size, original.reader.config.vocab_size
     if found != wanted:
@@ -121,7 +126,7 @@ def against(candidate: Reader, original: Original, *, engine: str | None = None)
     engine: for the candidate, if it is not the original's; comparing a model with itself then compares the engines.
     Raises UsageError (vocabulary sizes or tokenizations differ) and what `measure` raises.
     """
-    _check_same_tokens(candidate, original)
+    check_same_tokens(candidate, original)
     ruler = original.ruler if engine is None else replace(original.ruler, engine=engine)
     windows, text = original.windows, original.text
     pieces = engines.cuts(windows, original.reader.config.vocab_size, ruler)
@@ -136,14 +141,15 @@ def against(candidate: Reader, original: Original, *, engine: str | None = None)
     columns = scores.Pair(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     finite(columns.original, original.reader)
     finite(columns.candidate, candidate)
-    return _statistics(
+    return statistics(
         columns,
         summary(columns.original, windows, text, original.ruler),
         summary(columns.candidate, windows, text, ruler),
     )
 
 
-def _statistics(pair: scores.Pair, original: Perplexity, candidate: Perplexity) -> Comparison:
+def statistics(pair: scores.Pair, original: Perplexity, candidate: Perplexity) -> Comparison:
+    """The result for per-token values of both models and their perplexities."""
     ratio, ratio_stderr = scores.exp_mean_error(pair.candidate - pair.original)
     kld, kld_stderr = scores.mean_error(pair.kld)
     top1, top1_stderr = scores.mean_error(pair.same_top.astype(np.float64))

@@ -64,9 +64,10 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
     return found or [CompletionItem(incomplete, type="file")]
 
 
-def source_argument(name: str = "source") -> Callable[[F], F]:
-    """A SOURCE."""
-    return click.argument(name, metavar=name.upper(), shell_complete=_complete)
+def source_argument(name: str = "source", *, many: bool = False) -> Callable[[F], F]:
+    """A SOURCE, or one or more of them as a tuple."""
+    metavar = f"{name.upper().removesuffix('S')}..." if many else name.upper()
+    return click.argument(name, metavar=metavar, shell_complete=_complete, nargs=-1 if many else 1, required=True)
 
 
 def pickle_option(function: F) -> F:

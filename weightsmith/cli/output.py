@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+def emit(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], text: str, *, as_json: bool) -> None:
     """Print `result` as JSON or `text` as it is."""
     click.echo(json.dumps(result, indent=2, default=str) if as_json else text)
 
