@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from weightsmith.types import Reader
+from weightsmith.types import Reader, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,14 @@ def footprint(reader: Reader) -> Footprint:
     infos = reader.infos()
     nbytes, weights = stored(reader), Counter[str]()
     for name, info in infos.items():
-        packed = nbytes[name] != info.nbytes
-        weights[_bits(8 * nbytes[name] / max(1, info.n_weights)) if packed else info.codec] += info.n_weights
+        weights[type_of(info, nbytes[name])] += info.n_weights
     main = weights.most_common(1)[0][0]
     return Footprint(reader.container, main, sum(nbytes.values()), sum(weights.values()))
 
 
-def _bits(bpw: float) -> str:
-    """Codes are 2, 3, 4 or 8 bits; what comes on top is scales."""
+def type_of(info: TensorInfo, nbytes: int) -> str:
+    """A tensor's codec, or "4 bit" where it is packed into `nbytes` (codes of 2, 3, 4 or 8 bits, and scales)."""
+    if nbytes == info.nbytes:
+        return info.codec
+    bpw = 8 * nbytes / max(1, info.n_weights)
     return f"{max(bits for bits in (0, 2, 3, 4, 8) if bits <= bpw)} bit"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.evals.forward import weights
-from weightsmith.evals.sizes import stored
+from weightsmith.evals.sizes import stored, type_of
 from weightsmith.progress import Ticker, progress
 from weightsmith.types import Reader
 
@@ -29,7 +29,7 @@ _NORMS_DIFFER = 0.01  # storing norms as F16 or BF16 moves them by less
 class TensorError:
     """One canonical tensor of a candidate. bits: stored, per weight. error: relative; None where the original has none.
 
-    shape: (out, in) for a matrix. codec: what it decodes from, as its reader says.
+    shape: (out, in) for a matrix. codec: or "4 bit", see `sizes.type_of`.
     """
 
     name: str
@@ -49,7 +49,7 @@ def tensor_errors(candidate: Reader, original: Reader) -> list[TensorError]:
             alike = other is not None and other.shape == info.shape
             error = _error(candidate, original, name, ticker) if alike else None
             bits = 8 * nbytes[name] / max(1, info.n_weights)
-            found.append(TensorError(name, info.shape, info.codec, bits, error))
+            found.append(TensorError(name, info.shape, type_of(info, nbytes[name]), bits, error))
     return found
 
 

@@ -114,12 +114,13 @@ def size_against_loss(points: Sequence[tuple[str, int, Comparison]]) -> str | No
     if floor is not None:
         at = y(floor.kld_mean)
         svg.line(root, (LEFT, RIGHT), (at, at), "line floor dashed")
-        svg.text(root, RIGHT, at - 5, f"noise floor {floor.kld_mean:.2g}", anchor="end")
+        svg.text(root, LEFT + 6, at - 5, f"noise floor {floor.kld_mean:.2g}")
     for series, ((name, nbytes, one), loss) in enumerate(zip(points, losses, strict=True)):
         px, py = x(nbytes / divisor), y(loss)
         svg.marker(root, px, py, series, f"{name}: {nbytes:,} bytes, {one.kld_mean:.5g} nats")
-        late = px > (LEFT + RIGHT) / 2
-        svg.text(root, px - 9 if late else px + 9, py - 7, name, anchor="end" if late else "start")
+        late, below = px > (LEFT + RIGHT) / 2, series % 2 and py < bottom - 30
+        where = (px - 9 if late else px + 9, py + 15 if below else py - 7)  # neighbours on different sides
+        svg.text(root, *where, name, anchor="end" if late else "start")
     return svg.markup(root)
 
 
