@@ -52,6 +52,28 @@ class Moments:
         if self._h is not None:
             self._h.addmm_(rows.T, rows)
 
+    def merge(self, other: Moments) -> None:
+        """Count what `other`, of the same size and with H, counted."""
+        self.tokens += other.tokens
+        self.diagonal += other.diagonal
+        if self._h is not None:
+            self._h += other.h
+
+    def fill(self, like: Moments | None, tokens: int) -> None:
+        """Count `tokens` more of the mean of `like`; or, without one, of channels that are independent of each other
+        and as strong as these are on average (1 if nothing was counted)."""
+        if like is not None and like.tokens:
+            self.diagonal += like.diagonal * (tokens / like.tokens)
+            if self._h is not None:
+                self._h.add_(like.h, alpha=tokens / like.tokens)
+        else:
+            energy = float(self.diagonal.mean()) / self.tokens if self.tokens else 0.0
+            added = tokens * (energy or 1.0)
+            self.diagonal += added
+            if self._h is not None:
+                self._h.diagonal().add_(added)
+        self.tokens += tokens
+
     @property
     def h(self) -> Tensor:
         """H, float32 [in, in], exactly symmetric, not a copy; only where `full`."""

@@ -38,6 +38,7 @@ from weightsmith.formats.gptq.settings import Settings
 from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
 from weightsmith.quant.algorithms.rtn import Grid, Quantized
+from weightsmith.quant.recipes import is_matrix
 from weightsmith.types import Reader
 
 AnyLayout = gptq_layout.Layout | awq_layout.Layout
@@ -173,11 +174,12 @@ def _prefix(reader: Reader, index: int) -> str:
 
 
 def _linears(reader: Reader, layout: AnyLayout) -> dict[str, tuple[int, int]]:
-    """Shapes of all matrices in layers by canonical name; UnsupportedError naming one that cannot be packed."""
+    """Shapes of all matrices in layers but routers, which every runtime keeps in full precision, by canonical name;
+    UnsupportedError naming one that cannot be packed."""
     prefixes = tuple(_prefix(reader, index) for index in range(reader.config.n_layers))
     found = {}
     for name, info in reader.infos().items():
-        if len(info.shape) == 2 and name.startswith(prefixes):
+        if len(info.shape) == 2 and name.startswith(prefixes) and is_matrix(name, info.shape):
             try:
                 layout.parts((info.shape[0], info.shape[1]))
             except WeightsmithError as error:
@@ -205,6 +207,8 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
     stored: Parts = {}
     groups: dict[int, list[str]] = {}
     for name, moments in block.moments.items():
+        if not is_matrix(name, tuple(block.weights[name.removeprefix(block.prefix)].shape)):
+            continue  # a router
         groups.setdefault(id(moments), []).append(name)
     for names in groups.values():
         keys = [name.removeprefix(block.prefix) for name in names]

@@ -5,7 +5,7 @@ sequential pass a layer goes through its groups in order of computation: the gro
 weights as they stand, the consumer may replace them by what their quantized form computes, and the next group is
 measured behind that. So every quantizer sees the inputs that its linear will really get, and can make up for what the
 ones before it lost. A pass for a group stops at the first linear of the next one, so a layer of g groups costs about
-(g + 1) / 2 + 1 evaluations. A pass that only measures (`imatrix`) costs one.
+(g + 1) / 2 + 1 evaluations. A pass that only measures (`imatrix`) costs one. `routed` says how experts are measured.
 
 Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cpp tools/imatrix.
 """
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weightsmith.evals.calibration import routed
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.states import States
 from weightsmith.evals.engines.torch import threads
@@ -32,7 +33,7 @@ from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
 if TYPE_CHECKING:
-    from weightsmith.formats.imatrix import Imatrix
+    from weightsmith.formats.imatrix import Entry, Imatrix
 
 Finished = Callable[[int], Mapping[str, Tensor] | None]
 Prepare = Callable[["Block"], None]
@@ -59,27 +60,42 @@ class _EnoughError(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Collector:
-    """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not."""
+    """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
+    experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. only: the
+    linears that are wanted, None for all. passed: those that were seen but not measured."""
 
     device: torch.device
     full: bool
     one_group: bool
     done: set[str]
+    room: int = 0
+    only: frozenset[str] | None = None
+    passed: set[str] = field(default_factory=set)
     found: dict[str, Moments] = field(default_factory=dict)
     last: tuple[str, Tensor] | None = None
 
     def __call__(self, name: str, into: Tensor) -> None:
-        if name in self.done:
+        if name in self.done or (self.only is not None and name not in self.only):
             return
         if self.last is not None and into is self.last[1]:
             self.found[name] = self.found[self.last[0]]
             return
         if name not in self.found:
-            if self.one_group and self.found:
-                raise _EnoughError
+            if self.one_group and self.found and not self._has_room(name, into.shape[-1]):
+                stage = routed.stage_of(next(iter(self.found)))
+                if stage is None:
+                    raise _EnoughError
+                self.passed.add(name)  # an expert of the stage may yet come
+                return
             self.found[name] = Moments(into.shape[-1], full=self.full, device=self.device)
         self.found[name].add(into)
         self.last = (name, into)
+
+    def _has_room(self, name: str, size: int) -> bool:
+        """Whether an expert's linear belongs to the stage under way and its moments fit in."""
+        stage = routed.stage_of(next(iter(self.found)))
+        held = {id(moments): 4 * moments.size**2 for moments in self.found.values()}
+        return stage is not None and routed.stage_of(name) == stage and sum(held.values()) + 4 * size**2 <= self.room
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +134,8 @@ class _Run:
                     layer.update(ready)
                 else:
                     if prepare is not None:
-                        for block in self._groups(index, layer, full=full, sequential=False, keep=False):
+                        fed = frozenset(name for _, names in self.decoder.kind.FEEDS for name in names)
+                        for block in self._groups(index, layer, full=full, sequential=False, keep=False, only=fed):
                             prepare(block)
                     yield from self._groups(index, layer, full=full, sequential=sequential)
                 if sequential or ready is not None:
@@ -128,13 +145,24 @@ class _Run:
                 ticker.update(1)
 
     def _groups(
-        self, index: int, layer: dict[str, Tensor], *, full: bool, sequential: bool, keep: bool = True
+        self,
+        index: int,
+        layer: dict[str, Tensor],
+        *,
+        full: bool,
+        sequential: bool,
+        keep: bool = True,
+        only: frozenset[str] | None = None,
     ) -> Iterator[Block]:
         prefix = self.decoder.kind.LAYER.format(index)
         done: set[str] = set()
         while True:
-            tap = _Collector(self.decoder.place.device, full, sequential, done)
+            tap = _Collector(self.decoder.place.device, full, sequential, done, self.decoder.memory, only)
             self.evaluate(layer, tap=tap, keep=keep and not sequential)
+            if full and only is None:
+                missing = routed.unseen(layer, tap.found, done | tap.passed)
+                sizes = {name: layer[f"{name}.weight"].shape[-1] for name in missing}
+                routed.fill_up(tap.found, missing, sizes, prefix.strip("."))
             if not tap.found:
                 return
             moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
@@ -214,9 +242,19 @@ def imatrix(
         if output:
             name, moments = run.head()
             found[name] = moments
-    family = archs.by_name(reader.config.family)
-    entries = {
-        str(family.gguf_name(name)): Entry(one.diagonal.cpu().numpy()[None], np.array([one.tokens], np.int64))
-        for name, one in found.items()
-    }
+    entries = _entries(found, reader, Entry)
     return Imatrix(entries, [dataset] if dataset else [], len(tokens), options.ctx)
+
+
+def _entries(found: Mapping[str, Moments], reader: Reader, entry: Callable[..., Entry]) -> dict[str, Entry]:
+    """Measured diagonals under GGUF's names; the experts of a stack in one, zeros for those that no token reached."""
+    family, count = archs.by_name(reader.config.family), reader.config.n_experts
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, NDArray[np.int64]] = {}
+    for name, one in found.items():
+        expert, gguf = archs.expert_of(name), str(family.gguf_name(name))
+        height = 1 if expert is None else count
+        place = sums.setdefault(gguf, np.zeros((height, one.size)))
+        place[expert or 0] = one.diagonal.cpu().numpy()
+        counts.setdefault(gguf, np.zeros(height, np.int64))[expert or 0] = one.tokens
+    return {gguf: entry(value, counts[gguf]) for gguf, value in sums.items()}
