@@ -106,7 +106,7 @@ def quantize_packed(
     if options.checkpoint_format == "gptq" and not options.grid.sym:
         options = replace(options, grid=replace(options.grid, least_zero=max(1, options.grid.least_zero)))
     refuse_existing(out, overwrite=overwrite)
-    layout = _layout(options)
+    layout = _layout(options, routers=reader.config.n_experts > 0)
     linears = _linears(reader, layout)
     tokens = draw(reader, text, options.calibration)
     losses: dict[str, float] = {}
@@ -151,7 +151,7 @@ def _quantize(
     return losses
 
 
-def _layout(options: PackedOptions) -> AnyLayout:
+def _layout(options: PackedOptions, *, routers: bool) -> AnyLayout:
     method = options.method
     meta = {
         "quantizer": [f"weightsmith:{__version__}"],
@@ -164,7 +164,8 @@ def _layout(options: PackedOptions) -> AnyLayout:
     }
     grid = options.grid
     if options.checkpoint_format == "awq":
-        return awq_layout.Layout(awq_layout.Settings(grid.group_size, not grid.sym, meta))
+        kept = ("lm_head", "gate") if routers else ("lm_head",)
+        return awq_layout.Layout(awq_layout.Settings(grid.group_size, not grid.sym, meta, kept))
     settings = Settings(grid.bits, grid.group_size, grid.sym, method.scatters, options.checkpoint_format, meta)
     return gptq_layout.Layout(settings)
 

@@ -40,11 +40,13 @@ MAX_GROUP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One checkpoint's settings; see the module. meta: how it was made, free keys."""
+    """One checkpoint's settings; see the module. meta: how it was made, free keys. kept: parts of the names of linears
+    that are not packed, as loaders look for them."""
 
     group_size: int
     zero_point: bool = True
     meta: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ("lm_head",)
 
     def dump(self) -> dict[str, Any]:
         """As `quantization_config`."""
@@ -52,7 +54,7 @@ class Settings:
             "bits": 4,
             "group_size": self.group_size,
             "meta": dict(self.meta),
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": list(self.kept),
             "quant_method": "awq",
             "version": "gemm",
             "zero_point": self.zero_point,

@@ -102,9 +102,30 @@ def _model(reader: Reader) -> dict[str, Any]:
     names = ["family", "name", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim"]
     names += ["vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "sliding_window", "dtype"]
     model = {name: getattr(config, name) for name in names}
+    if config.n_experts:
+        model["experts"] = f"{config.n_experts_used} of {config.n_experts} for each token"
+        model |= _experts(reader, config.n_experts_used / config.n_experts)
     if config.rope_scaling is not None:
         model["rope_scaling"] = f"{config.rope_scaling.kind}, factor {config.rope_scaling.factor:g}"
     return model
+
+
+def _experts(reader: Reader, used: float) -> dict[str, Any]:
+    """What lies in experts, and how much of the model a token passes through; nothing if tensors and keys disagree."""
+    from weightsmith.formats.archs import expert_of
+
+    try:
+        infos = reader.infos().values()
+    except WeightsmithError:
+        return {}
+    inside = [info for info in infos if expert_of(info.name) is not None]
+    weights = sum(info.n_weights for info in inside)
+    active = sum(info.n_weights for info in infos) - round(weights * (1 - used))
+    return {
+        "expert_parameters": weights,
+        "expert_bytes": sum(info.nbytes for info in inside),
+        "active_parameters": active,
+    }
 
 
 def _short(value: Any) -> Any:
@@ -121,7 +142,14 @@ def _short(value: Any) -> Any:
 
 
 def _text(result: dict[str, Any]) -> str:
-    model = result["model"]
+    model = dict(result["model"])
+    for name, text in (
+        ("expert_parameters", count_text),
+        ("active_parameters", count_text),
+        ("expert_bytes", size_text),
+    ):
+        if name in model:
+            model[name] = text(model[name])
     head = {
         "path": result["path"],
         "container": f"{result['container']}, {result['files']} file(s), {size_text(result['file_bytes'])}",

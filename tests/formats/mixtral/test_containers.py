@@ -11,6 +11,7 @@ import pytest
 from tests.moe import as_torch, mixtral_config, mixtral_tensors, write_mixtral
 from tests.native import gguf_tensors, paired, safetensors_tensors
 from weightsmith import jobs
+from weightsmith.cli.app import run
 from weightsmith.errors import IntegrityError, UsageError, WeightsmithError
 from weightsmith.formats import open_reader
 from weightsmith.jobs import Options, Target
@@ -213,3 +214,38 @@ def test_absent_keys_mean_what_the_class_says(tmp_path: Path) -> None:
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.sliding_window == theirs.sliding_window
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_show_tells_experts_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = convert(write_mixtral(tmp_path / "hf"), "gguf:Q8_0", tmp_path / "a.gguf")
+    assert run(["show", str(path), "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    weights = 2 * 4 * 3 * 64 * 96
+    assert (model["experts"], model["expert_parameters"]) == ("2 of 4 for each token", weights)
+    assert model["expert_bytes"] == weights // 32 * 34
+    everything = sum(info.n_weights for info in open_reader(path).infos().values())
+    assert model["active_parameters"] == everything - weights // 2
+    assert run(["show", str(path)]) == 0
+    assert "2 of 4 for each token" in capsys.readouterr().out
+
+
+def test_an_imatrix_of_a_stack_reaches_each_expert(tmp_path: Path) -> None:
+    source = write_mixtral(tmp_path / "hf", tokenizer=False)
+    from weightsmith.formats import imatrix
+    from weightsmith.formats.imatrix import Entry, Imatrix
+    from weightsmith.quant import codecs
+
+    rng = np.random.default_rng(0)
+    sums = rng.uniform(0.1, 100, (4, 64))
+    entries = {f"blk.{n}.ffn_up_exps.weight": Entry(sums, np.array([7, 0, 3, 9])) for n in range(2)}
+    matrix = imatrix.write(tmp_path / "i.gguf", Imatrix(entries, ["x"], 1, 19))
+    found = gguf_tensors(convert(source, "gguf:Q4_0", tmp_path / "a.gguf", imatrix=matrix))["blk.1.ffn_up_exps.weight"][
+        2
+    ]
+    half = mixtral_tensors(mixtral_config())
+    expected = []
+    for expert, count in enumerate((7, 0, 3, 9)):
+        rows = half[f"model.layers.1.block_sparse_moe.experts.{expert}.w3.weight"].astype(np.float16).astype(np.float32)
+        weights = sums[expert].astype(np.float32) / np.float32(count) if count else np.ones(64, np.float32)
+        expected.append(codecs.encode("Q4_0", rows, importance=weights).tobytes())
+    assert found == b"".join(expected)
