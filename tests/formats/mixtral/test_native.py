@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.formats.mixtral.test_containers import stored_bytes
 from tests.moe import as_torch, mixtral_config, mixtral_tensors, write_mixtral, write_native
 from tests.native import gguf_tensors
 from weightsmith import formats, jobs
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, WeightsmithError
+from weightsmith.formats.consolidated.params import Params
+from weightsmith.formats.mistral.experts import experts, plain
 from weightsmith.jobs import Options, Target
 
 FORMS = ("safetensors", "pth", "disjoint")
@@ -113,3 +117,21 @@ def test_what_params_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert formats.open_reader(folder).config.max_position_embeddings == 32768
     monkeypatch.setattr("weightsmith.formats.mistral.config._LARGE_MIXTRAL", 64)  # the width of this one
     assert formats.open_reader(folder).config.max_position_embeddings == 65536
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 10**12) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["num_experts", "x"]), inner),
+    max_leaves=4,
+)
+_KEYS = ("moe", "num_local_experts", "num_experts_per_tok", "hidden_size", "num_attention_heads", "head_dim", "dim")
+
+
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES))
+def test_any_params_give_a_count_or_an_error(raw: dict[str, Any]) -> None:
+    try:
+        count, used = experts(plain(Params(raw, Path("params.json"))))
+    except WeightsmithError:
+        return
+    assert 0 <= used <= count <= 1024
+    assert (used == 0) == (count == 0)
