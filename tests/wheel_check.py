@@ -15,10 +15,13 @@ from pathlib import Path
 
 
 def modules(checkout: Path) -> list[Path]:
-    """Every module of the checkout, as its path inside the installed package."""
+    """Every module and page template of the checkout, as its path inside the installed package."""
     inside = [path.relative_to(checkout / "weightsmith") for path in (checkout / "weightsmith").rglob("*.py")]
     roots = [
-        path.relative_to(checkout) for name in ("formats", "quant", "evals") for path in (checkout / name).rglob("*.py")
+        path.relative_to(checkout)
+        for name in ("formats", "quant", "evals")
+        for pattern in ("*.py", "*.html")
+        for path in (checkout / name).rglob(pattern)
     ]
     return sorted(inside + roots)
 
