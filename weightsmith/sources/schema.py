@@ -40,6 +40,9 @@ def check(document: Document) -> None:
         faults += _faults(error)
     if not faults:
         return
+    # A mistyped limit is said by its own name; that there is no limit follows from it.
+    unknown = {path[:-1] for path, message in faults if "unknown key" in message}
+    faults = [(path, message) for path, message in faults if path not in unknown or "at least one" not in message]
     told = sorted({(document.lines.get(path, 0), document.place(path), message) for path, message in faults})
     (_, place, message), *others = told
     more = [f"{where}: {what}" for _, where, what in others[:SHOWN]]
