@@ -119,11 +119,13 @@ def _experts(reader: Reader, used: float) -> dict[str, Any]:
     except WeightsmithError:
         return {}
     inside = [info for info in infos if expert_of(info.name) is not None]
+    # Packed linears are handed out as floats; what they take lies under the experts' names. A stack has no such name.
+    stored = [info for info in reader.native_infos().values() if expert_of(info.name) is not None]
     weights = sum(info.n_weights for info in inside)
     active = sum(info.n_weights for info in infos) - round(weights * (1 - used))
     return {
         "expert_parameters": weights,
-        "expert_bytes": sum(info.nbytes for info in inside),
+        "expert_bytes": sum(info.nbytes for info in stored or inside),
         "active_parameters": active,
     }
 

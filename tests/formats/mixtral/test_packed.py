@@ -11,6 +11,7 @@ import pytest
 from tests.evals.test_calibrate_packed import OPTIONS, TEXT, values
 from tests.moe import write_mixtral
 from weightsmith import formats
+from weightsmith.cli.show import describe
 from weightsmith.evals.calibration import packed
 from weightsmith.evals.calibration.packed import PackedOptions, quantize_packed
 from weightsmith.evals.compare import compare
@@ -48,6 +49,9 @@ def test_what_is_written(form: str, tmp_path: Path) -> None:
     settings = json.loads((report.path / "config.json").read_text())["quantization_config"]
     if form == "awq":
         assert settings["modules_to_not_convert"] == ["lm_head", "gate"]
+    told = describe(made, tensors=False, metadata=False)["model"]
+    assert told["expert_parameters"] == 2 * 4 * 3 * 64 * 96
+    assert told["expert_bytes"] == sum(info.nbytes for name, info in stored.items() if ".experts." in name)
     found = compare(original, made, TEXT, Ruler(ctx=32, max_windows=4))
     assert found.kld_mean < 0.5
 
