@@ -107,6 +107,8 @@ def test_unknown_name_suggests() -> None:
         ("gates:\n  g:\n    max_kld: .inf\n", 3, "no limit"),
         ("gates:\n  g:\n    max_kld: .NaN\n", 3, "no limit"),
         ("gates:\n  g:\n    max_bytes: 5 parsecs\n", 3, "a size in bytes"),
+        ("gates:\n  g: {max_kld: 1, max_kld: 2}\n", 2, "'max_kld' stands twice"),
+        ("gates:\n  g: &a [&b [&c [*a, *b], *b], *b]\n", 2, "aliases"),
         ("gates:\n  g: {text: a.txt}\n", 2, "at least one limit"),
         ("builds:\n  b: {model: x}\n", 2, "`recipe` is missing"),
         ("builds:\n  b: {model: [x, x], recipe: r}\n", 2, "nothing twice"),

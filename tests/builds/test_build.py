@@ -135,6 +135,25 @@ def test_a_missed_gate_leaves_the_alias(here: Path, build: Build, told: Told, ca
     assert kinds == ["measurement", "gate", "gate"]
 
 
+def test_results_of_one_model_share_the_pass_over_it(
+    here: Path, build: Build, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And measure what `verify` measures of each alone."""
+    from weightsmith.evals import compare
+
+    change(here, "gate: small", "gate: close")
+    prepared: list[Any] = []
+    prepare = compare.prepare
+    monkeypatch.setattr(compare, "prepare", lambda *args: prepared.append(args) or prepare(*args))
+    build("laptop")
+    assert len(prepared) == 2, "one for each of two models, with two results each"
+    for ref in ("a:q8", "a:q4"):
+        alone = told("verify", ref, "--text", "eval.txt", "--ctx", "64", "--windows", "2")
+        kept = told("show", ref)["catalog"]["evaluations"][0]
+        assert kept["kld_mean"] == pytest.approx(alone["kld_mean"], rel=1e-4)
+        assert kept["ratio"] == pytest.approx(alone["ratio"], rel=1e-6)
+
+
 def test_gates_on_size_and_licence(here: Path, build: Build, told: Told) -> None:
     change(here, "max_bytes: 200kB, licences: [MIT, apache-2.0]", "max_bytes: 100kB, licences: [MIT]")
     found = build("laptop", code=5)
@@ -260,6 +279,20 @@ def test_a_stopped_build_goes_on(
     build("laptop", *small)
     assert resumed < len(calls) - 40, "finished slabs were not made again"
     assert {model["ref"]: model["digest"] for model in told("list")["models"]} == digests
+
+
+def test_what_is_damaged_is_made_again(here: Path, build: Build, told: Told) -> None:
+    build("a")
+    before = told("show", "a:q8")["catalog"]["digest"]
+    Path(told("path", "a:q8")["path"]).unlink()
+    Path(told("path", "a:q4")["path"]).with_name("weightsmith.json").write_text("{")
+    original = Path(told("path", "a:original")["path"]) / "config.json"
+    original.unlink()
+    found = plan(told, "a")
+    assert found["a:original"] == ["damaged: config.json is gone"]
+    assert found.keys() == {"a:original", "a:q8", "a:q4"}
+    assert build("a") == dict.fromkeys(found, "made")
+    assert told("show", "a:q8")["catalog"]["digest"] == before
 
 
 def test_a_kill_between_the_result_and_its_gate(here: Path, build: Build, told: Told) -> None:

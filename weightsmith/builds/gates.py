@@ -23,7 +23,50 @@ from weightsmith.store import Entry
 _KEPT = ("ratio", "ratio_stderr", "kld_mean", "kld_stderr", "kld_median", "kld_99", "top1", "top1_stderr")
 
 
-def judge(catalog: Catalog, job: Job, entry: Entry, original: Entry, *, device: str, threads: int | None) -> list[str]:
+class Originals:
+    """The original that was measured last, kept open with what it said of the text, for the next of its results.
+
+    Several results of one model by one gate so cost one pass over the original.
+    """
+
+    def __init__(self, *, device: str, threads: int | None) -> None:
+        self.device, self.threads = device, threads
+        self._key: dict[str, Any] | None = None
+        self._kept: Any = None
+
+    def compare(self, entry: Entry, original: Entry, gate: Gate) -> Any:
+        """The `evals.compare.Comparison` of `entry` with `original` on the gate's text."""
+        from weightsmith.evals import compare  # noqa: PLC0415  (loads torch)
+
+        key = _key(gate, original)
+        if self._key != key:
+            self.close()
+            ruler = Ruler(
+                convention=gate.convention,
+                ctx=gate.ctx,
+                device=torch_device(self.device),
+                threads=self.threads,
+                max_windows=gate.windows,
+            )
+            self._kept = compare.prepare(formats.open_reader(original.path), _text(gate), ruler)
+            self._key = key
+        reader = formats.open_reader(entry.path)
+        try:
+            return compare.against(reader, self._kept)
+        except BaseException:
+            self.close()  # its pass may have ended half way
+            raise
+        finally:
+            reader.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._kept is not None:
+            self._kept.reader.close()
+        self._key = self._kept = None
+
+
+def judge(catalog: Catalog, job: Job, entry: Entry, original: Entry, originals: Originals) -> list[str]:
     """Hold `entry` against the gates of `job`, measuring what is not known yet; returns what was missed.
 
     Every measurement and every new verdict is added to the entry's record.
@@ -34,7 +77,7 @@ def judge(catalog: Catalog, job: Job, entry: Entry, original: Entry, *, device: 
         if gate.is_measured:
             measured = known(entry, gate, original)
             if measured is None:
-                measured = measure(entry, original, gate, device=device, threads=threads)
+                measured = measure(entry, original, gate, originals)
                 entry = catalog.evaluated(entry.ref, measured)
         faults = verdict(gate, entry, measured, licence=job.licence or entry.licence)
         if _last(entry, gate) != _comparable(gate, faults, job):
@@ -84,26 +127,9 @@ def known(entry: Entry, gate: Gate, original: Entry) -> dict[str, Any] | None:
     return found[-1] if found and all(isinstance(found[-1].get(name), (int, float)) for name in _KEPT) else None
 
 
-def measure(entry: Entry, original: Entry, gate: Gate, *, device: str, threads: int | None) -> dict[str, Any]:
+def measure(entry: Entry, original: Entry, gate: Gate, originals: Originals) -> dict[str, Any]:
     """Run both models on the gate's text, layer by layer; raises what `evals.compare` raises."""
-    from weightsmith.evals.compare import compare  # noqa: PLC0415  (loads torch)
-
-    ruler = Ruler(
-        convention=gate.convention,
-        ctx=gate.ctx,
-        device=torch_device(device),
-        threads=threads,
-        max_windows=gate.windows,
-    )
-    base = formats.open_reader(original.path)
-    try:
-        reader = formats.open_reader(entry.path)
-        try:
-            found = compare(reader, base, _text(gate), ruler)
-        finally:
-            reader.close()
-    finally:
-        base.close()
+    found = originals.compare(entry, original, gate)
     kept = {name: float(getattr(found, name)) for name in _KEPT}
     kept |= {"perplexity": found.candidate.perplexity, "original_perplexity": found.original.perplexity}
     return {"kind": "measurement", "key": _key(gate, original), **kept, "tokens": found.original.tokens, "when": _now()}

@@ -17,6 +17,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 
+from weightsmith.builds.gates import Originals
 from weightsmith.builds.plan import Job
 from weightsmith.builds.unit import Outcome, Settings, make
 from weightsmith.errors import InterruptedRunError, QualityGateError
@@ -83,6 +84,7 @@ class _Pool:
         self.workers, self.settings = workers, settings
         self.running: dict[Connection, tuple[Job, SpawnProcess]] = {}
         self.here: list[Outcome] = []
+        self.originals = Originals(device=settings.device, threads=settings.threads)
         self.context: SpawnContext = multiprocessing.get_context("spawn")
         if workers > 1 and settings.threads is None:
             self.settings = replace(settings, threads=max(1, default_threads() // workers))
@@ -100,7 +102,7 @@ class _Pool:
     def start(self, job: Job) -> None:
         """Begin `job`."""
         if self.workers == 1:
-            self.here.append(make(job, self.settings))
+            self.here.append(make(job, self.settings, self.originals))
             return
         reader, writer = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_child, args=(writer, job, self.settings))
@@ -129,6 +131,7 @@ class _Pool:
 
     def stop(self) -> None:
         """Interrupt what runs and wait until it has kept what it has."""
+        self.originals.close()
         for _, process in self.running.values():
             process.terminate()
         for _, process in self.running.values():
@@ -158,7 +161,7 @@ def _child(writer: Connection, job: Job, settings: Settings) -> None:
     signal.signal(signal.SIGINT, interrupt)
     set_quiet(True)
     try:
-        writer.send(make(job, settings))
+        writer.send(make(job, settings, Originals(device=settings.device, threads=settings.threads)))
     except (KeyboardInterrupt, InterruptedRunError):
         sys.exit(InterruptedRunError.exit_code)
 

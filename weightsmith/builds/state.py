@@ -97,6 +97,18 @@ def _short(value: Any) -> str:
     )
 
 
+def damage(entry: Entry) -> str | None:
+    """What is wrong with the files of `entry` at a glance (gone, or of another size); contents are not read."""
+    for file in entry.files:
+        try:
+            found = (entry.folder / file.path).lstat().st_size
+        except OSError:
+            return f"{file.path} is gone"
+        if found != file.size:
+            return f"{file.path} has {found} bytes, not {file.size}"
+    return None
+
+
 def source_changes(entry: Entry, wanted: RegistryEntry, catalog: Catalog) -> list[str]:
     """Why the pulled `entry` is not what the registry names now; empty if it is."""
     source, origin = parse(wanted.source), entry.origin

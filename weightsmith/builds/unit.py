@@ -78,13 +78,13 @@ def standing(job: Job, settings: Settings) -> list[str]:
     )
 
 
-def make(job: Job, settings: Settings) -> Outcome:
+def make(job: Job, settings: Settings, originals: gates.Originals) -> Outcome:
     """Do `job`; a failure is in the outcome. Raises InterruptedRunError and KeyboardInterrupt only."""
     begun = time.monotonic()
     outcome = Outcome(job.ref, "there", job.builds)
     try:
         with store.locked(settings.home / "builds" / "locks" / job.ref.replace(":", "--")):
-            _make(job, settings, outcome)
+            _make(job, settings, originals, outcome)
     except InterruptedRunError:
         raise
     except WeightsmithError as error:
@@ -98,7 +98,7 @@ def make(job: Job, settings: Settings) -> Outcome:
     return outcome
 
 
-def _make(job: Job, settings: Settings, outcome: Outcome) -> None:
+def _make(job: Job, settings: Settings, originals: gates.Originals, outcome: Outcome) -> None:
     catalog = Catalog(settings.home)
     outcome.reasons = _reasons(catalog, job, settings)
     if job.target is None:
@@ -113,7 +113,7 @@ def _make(job: Job, settings: Settings, outcome: Outcome) -> None:
         outcome.digest, outcome.nbytes = entry.digest, entry.nbytes
         original = catalog.get(f"{job.name}:{ORIGINAL}")
         outcome.reasons += gates.pending(job, entry, original)
-        outcome.missed = gates.judge(catalog, job, entry, original, device=settings.device, threads=settings.threads)
+        outcome.missed = gates.judge(catalog, job, entry, original, originals)
         entry = catalog.get(job.ref)
         if outcome.missed:
             outcome.status = "gate"
@@ -132,6 +132,8 @@ def _reasons(catalog: Catalog, job: Job, settings: Settings) -> list[str]:
         entry = catalog.get(job.ref)
     except IntegrityError as error:
         return [f"damaged: {error.message}"]
+    if lost := state.damage(entry):
+        return [f"damaged: {lost}"]
     if job.target is None:
         return state.source_changes(entry, job.source, catalog) if job.source is not None else []
     wanted = state.derivation(job, _options(job, settings), catalog.get(str(job.parent)))
