@@ -319,6 +319,10 @@ def test_calibration_text_and_imatrix_are_known_by_their_bytes(here: Path, build
     change(here, "calibrate: moved.txt, rows: 2, ctx: 16}", "imatrix: m.gguf}")
     build("a:q4")
     assert plan(told, "a:q4") == {}
+    change(here, "imatrix: m.gguf}", "calibrate: self, rows: 2, ctx: 16}")
+    assert any("calibration" in reason for reason in plan(told, "a:q4")["a:q4"])
+    build("a:q4")
+    assert plan(told, "a:q4") == {}
 
 
 @pytest.mark.parametrize(

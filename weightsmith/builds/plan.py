@@ -79,7 +79,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Calibrate:
-    """A text that a recipe calibrates on, not read yet: a file or a dataset, its records' field, how it is used."""
+    """A text that a recipe calibrates on, not read yet: a file, a dataset or "self", its records' field, its use."""
 
     named: str
     field: str | None = None
