@@ -62,15 +62,7 @@ def _result(report: jobs.Report) -> dict[str, Any]:
         "bpw": round(report.bpw, 4),
         "seconds": round(report.seconds, 2),
         "types": report.types,
-        "tensors": [
-            {
-                "tensor": info.name,
-                "type": info.codec,
-                "bpw": round(_bpw(info), 4),
-                "error": report.errors.get(info.name),
-            }
-            for info in report.tensors
-        ],
+        "tensors": [_tensor(report, info) for info in report.tensors],
         "fallbacks": [{"tensor": name, "wanted": wanted, "got": got} for name, wanted, got in report.fallbacks],
     }
 
