@@ -1,19 +1,24 @@
-"""Calibration as the command line asks for it: importances for GGUF types, GPTQ and AWQ checkpoints."""
+"""Calibration as the command line asks for it: GGUF types with error feedback, or importances alone; GPTQ and AWQ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.formats.imatrix import Imatrix
 from weightsmith.texts import Text
-from weightsmith.types import Reader
+from weightsmith.types import Plan, Reader, TensorInfo
+
+if TYPE_CHECKING:
+    from weightsmith.evals.calibration.encoded import Encoded
+    from weightsmith.evals.calibration.packed import PackedOptions
 
 # Containers that are made by calibration, and their types (bits).
 PACKED = {"gptq": ("2", "3", "4", "8"), "awq": ("4",)}
 _SWEEPS = {"fast": 0, "normal": 2, "best": 4}
+_BLOCK_SWEEPS = {"normal": 4, "best": 12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +74,47 @@ def packed(  # noqa: PLR0913  (every choice, all by keyword)
     split_bytes: int | None = None,
 ) -> Path:
     """Quantize with GPTQ's error feedback and write a GPTQ or AWQ checkpoint; finished layers survive a stop."""
-    from weightsmith.evals.calibration.packed import PackedOptions, quantize_packed  # noqa: PLC0415  (loads torch)
+    from weightsmith.evals.calibration.packed import quantize_packed  # noqa: PLC0415  (loads torch)
+
+    options = _packed_options(container, bits, calibration, effort)
+    options = replace(options, calibration=_options(calibration, pre), split_bytes=split_bytes)
+    text = calibration.read(reader, pre)
+    return quantize_packed(reader, out, text, options, overwrite=overwrite, notes=notes).path
+
+
+def packed_plan(reader: Reader, container: str, bits: int, calibration: Calibration) -> list[TensorInfo]:
+    """The tensors that `packed` would store, from headers alone; the text is not read."""
+    from weightsmith.evals.calibration.packed import plan_packed  # noqa: PLC0415  (loads torch)
+
+    return plan_packed(reader, _packed_options(container, bits, calibration, "normal"))
+
+
+def _packed_options(container: str, bits: int, calibration: Calibration, effort: str) -> PackedOptions:
+    from weightsmith.evals.calibration.packed import PackedOptions  # noqa: PLC0415  (loads torch)
     from weightsmith.quant.algorithms.gptq import Method  # noqa: PLC0415
     from weightsmith.quant.algorithms.rtn import Grid  # noqa: PLC0415
 
-    options = PackedOptions(
+    return PackedOptions(
         grid=Grid(bits, calibration.group_size, calibration.sym),
         method=Method(sweeps=_SWEEPS[effort]),
-        calibration=_options(calibration, pre),
         checkpoint_format=container,
         scaled=effort != "fast",
-        split_bytes=split_bytes,
     )
-    text = calibration.read(reader, pre)
-    return quantize_packed(reader, out, text, options, overwrite=overwrite, notes=notes).path
+
+
+def encoded(
+    reader: Reader, out: Path, plan: Plan, calibration: Calibration, *, effort: str, pre: str | None = None
+) -> Encoded:
+    """Encode the layers' linears as planned, with error feedback; finished layers survive a stop."""
+    from weightsmith.evals.calibration.encoded import EncodedOptions, encode_layers  # noqa: PLC0415  (loads torch)
+
+    options = EncodedOptions(
+        layouts={info.name: info.codec for info in plan.tensors},
+        calibration=_options(calibration, pre),
+        sweeps=_BLOCK_SWEEPS[effort],
+        effort=effort,
+    )
+    return encode_layers(reader, out, calibration.read(reader, pre), options)
 
 
 def _options(calibration: Calibration, pre: str | None) -> Any:

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith import calibrated, formats
 from weightsmith._version import __version__
+from weightsmith.atomic import refuse_existing
 from weightsmith.calibrated import PACKED, Calibration
 from weightsmith.errors import IntegrityError, InterruptedRunError, UnsupportedError, UsageError
 from weightsmith.formats import archs, imatrix
@@ -31,6 +32,9 @@ from weightsmith.quant.blocks import BLOCKS
 from weightsmith.quant.loss import Loss
 from weightsmith.transcode import Work, compare, transcode
 from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
+
+if TYPE_CHECKING:
+    from weightsmith.evals.calibration.encoded import Encoded
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +113,8 @@ class Report:
     """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan.
 
     notes: where it comes from, as the file itself says it. weights: of the model, where tensors hold packed words.
-    errors: weighted relative error (`quant.loss`) of every tensor that was packed into blocks, by canonical name.
+    errors: weighted relative error (`quant.loss`) of every tensor that was packed into blocks, by canonical name; with
+    error feedback the share of its output's energy that was lost.
     """
 
     path: Path
@@ -156,10 +161,12 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def plan(source: Path, target: Target, options: Options) -> Report:
     """Say what `convert` would make: exact sizes, every type; reads headers only."""
-    if target.container in PACKED:
-        raise UsageError(f"there is no dry run for {target.container} yet", hint="Leave --dry-run out.")
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
+        if target.container in PACKED:
+            calibration = options.calibration or Calibration(None)
+            tensors = calibrated.packed_plan(reader, target.container, int(target.type or "4"), calibration)
+            return Report(source, str(target), tensors, [], weights=sum(i.n_weights for i in reader.infos().values()))
         planned = _planned(reader, target, options)
         return Report(source, str(target), planned.tensors, planned.fallbacks)
     finally:
@@ -179,11 +186,14 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     container = formats.containers()[target.container]
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
-        matrix = _matrix(reader, options)
         planned = _planned(reader, target, options)
+        made = _encoded(reader, output, planned, options)
+        matrix = _matrix(reader, options) if made is None else None
         vocab = reader.vocab(options.pre)
         notes = options.notes(target, matrix)
         importances = _importances(matrix, reader, planned) if matrix is not None else {}
+        if made is not None:
+            importances = made.importances
         journal = _journal(output, planned, notes, reader, options)
         try:
             writer = container.create(
@@ -199,15 +209,33 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
                 keep=journal is not None,
             )
             work = Work(options.threads, options.memory, journal, importances, options.effort)
+            work = replace(work, made=made.rows if made is not None else None)
             path = _fill(reader, writer, work, title=output.name)
             _read_back(path, work)
+            if made is not None:
+                made.remove()
         finally:
             if journal is not None:
                 journal.close()
+            if made is not None:
+                made.close()
     finally:
         reader.close()
     seconds = time.monotonic() - begun
-    return Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes, errors=_errors(work))
+    errors = _errors(work) | (made.losses if made is not None else {})
+    return Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes, errors=errors)
+
+
+def _encoded(reader: Reader, output: Path, planned: Plan, options: Options) -> Encoded | None:
+    """The layers' linears with error feedback, where a text is there to calibrate on and the effort allows."""
+    if options.calibration is None or options.effort == "fast":
+        return None
+    if options.imatrix is not None:
+        raise UsageError("an imatrix and a text to calibrate on exclude each other", hint="Leave one out.")
+    if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
+        return None
+    refuse_existing(output, overwrite=options.overwrite)
+    return calibrated.encoded(reader, output, planned, options.calibration, effort=options.effort, pre=options.pre)
 
 
 def _errors(work: Work) -> dict[str, float]:

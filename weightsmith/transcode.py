@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -36,6 +36,7 @@ class Work:
     importances: float32 [in] by canonical tensor name, for the codecs that search; effort: fast, normal or best.
     losses: filled with what every slab lost that was packed into blocks, by its key. sums: filled with the slabs that
     were written and a checksum of each.
+    made(name, start, stop): packed rows that calibration has encoded already, None if it has not.
     """
 
     threads: int | None = None
@@ -45,6 +46,7 @@ class Work:
     effort: str = "normal"
     losses: dict[Key, Loss] = field(default_factory=dict)
     sums: dict[Key, tuple[Slab, int]] = field(default_factory=dict)
+    made: Callable[[str, int, int], Packed | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +122,25 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     if known is not None and writer.holds(slab.target, slab.start, slab.stop, known.sha256):
         work.losses[slab.key] = known.loss
         return (slab.stop - slab.start) * slab.target.row_bytes
+    packed = work.made(slab.target.name, slab.start, slab.stop) if work.made is not None else None
+    if packed is None:
+        packed = _recoded(reader, slab, work)
+    work.sums[slab.key] = slab, zlib.crc32(packed.data)
+    writer.write(slab.target, slab.start, packed)
+    if journal is not None and slab.key in work.losses:
+        journal.add(slab.key, packed, work.losses[slab.key])
+    return packed.nbytes
+
+
+def _recoded(reader: Reader, slab: Slab, work: Work) -> Packed:
+    """Read a slab and recode it, errors named."""
     rows = reader.rows(slab.source.name, slab.start, slab.stop)
     try:
-        packed = recode(rows, slab, work)
+        return recode(rows, slab, work)
     except WeightsmithError as error:
         error.tensor = error.tensor or slab.source.name
         error.path = error.path or slab.source.path
         raise
-    work.sums[slab.key] = slab, zlib.crc32(packed.data)
-    writer.write(slab.target, slab.start, packed)
-    if journal is not None and slab.is_costly:
-        journal.add(slab.key, packed, work.losses[slab.key])
-    return packed.nbytes
 
 
 def compare(reader: Reader, work: Work) -> None:

@@ -37,9 +37,10 @@ from weightsmith.formats.gptq import packed_writer
 from weightsmith.formats.gptq.settings import Settings
 from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
+from weightsmith.quant.algorithms.moments import loss_of
 from weightsmith.quant.algorithms.rtn import Grid, Quantized
 from weightsmith.quant.recipes import is_matrix
-from weightsmith.types import Reader
+from weightsmith.types import Reader, TensorInfo
 
 AnyLayout = gptq_layout.Layout | awq_layout.Layout
 FORMATS = ("gptq", "gptq_v2", "awq")
@@ -122,6 +123,13 @@ def quantize_packed(
         path = _assemble(reader, out, packing, work, options, overwrite=overwrite, notes=notes)
         work.remove()
     return PackedReport(path, losses, resumed)
+
+
+def plan_packed(reader: Reader, options: PackedOptions) -> list[TensorInfo]:
+    """The tensors that `quantize_packed` would store, from headers alone; raises UnsupportedError as it does."""
+    layout = _layout(options, routers=reader.config.n_experts > 0)
+    packing = packed_writer.Packing(layout, layout.settings.dump(), set(_linears(reader, layout)), options.codec)
+    return list(packed_writer.planned(reader.config, packing).values())
 
 
 def _quantize(
@@ -225,7 +233,7 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
             stop = start + len(part)
             one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
             q = one.dequantize()
-            lost, whole = gptq.loss_of(part, q, h), gptq.loss_of(part, torch.zeros_like(part), h)
+            lost, whole = loss_of(part, q, h), loss_of(part, torch.zeros_like(part), h)
             losses[name] = lost / whole if whole else math.nan
             block.weights[key] = q.to(block.weights[key].dtype)
             stem = key.removesuffix(".weight")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Finished = Callable[[int], Mapping[str, Tensor] | None]
 Prepare = Callable[["Block"], None]
+Head = Callable[[str, Moments], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +132,7 @@ class _Run:
                 layer = dict(next(layers))
                 ready = finished(index) if finished is not None else None
                 if ready is not None:
-                    layer.update(ready)
+                    layer.update({name: value.to(layer[name]) for name, value in ready.items()})
                 else:
                     if prepare is not None:
                         fed = frozenset(name for _, names in self.decoder.kind.FEEDS for name in names)
@@ -209,18 +210,21 @@ def calibrate(
     sequential: bool = True,
     finished: Finished | None = None,
     prepare: Prepare | None = None,
+    head: Head | None = None,
 ) -> Iterator[Block]:
     """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
 
     sequential: see above; else one block per layer, measured behind the original weights. finished(index): weights of
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
     prepare(block): called before the groups of a layer, with all its moments at once, to replace its weights by others
-    that compute the same.
+    that compute the same. head(name, moments): called at the end, with the diagonal of the output matrix's inputs.
     Raises what `draw` and `forward.load` raise, IntegrityError (inputs that are not finite), ResourceError (disk).
     """
     options = options or Options()
     with _begun(reader, draw(reader, text, options), options) as run:
         yield from run.blocks(full=True, sequential=sequential, finished=finished, prepare=prepare)
+        if head is not None:
+            head(*run.head())
 
 
 def imatrix(

@@ -32,7 +32,7 @@ from weightsmith.types import TensorInfo
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
-_CODECS = {"int32": "I32", "float16": "F16", "float32": "F32"}
+_CODECS = {"int32": "I32", "float16": "F16", "float32": "F32", "uint8": "U8"}
 Parts = dict[str, NDArray[Any]]  # stored tensors of a layer by name within it
 
 
@@ -49,8 +49,13 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
@@ -113,6 +118,20 @@ class Work:
                     raise IntegrityError("the file became shorter while it was read", path=path, tensor=name)
                 found[name] = np.frombuffer(bytearray(data), dtypes[info.codec]).reshape(info.shape)
             return found
+        finally:
+            os.close(handle)
+
+    def slab(self, index: int, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows [start, stop) of a tensor of bytes of a finished layer."""
+        path = self._file(index)
+        handle, size = open_regular(path)
+        try:
+            info = read_header(handle, size, path=path).tensors[name]
+            wanted = (stop - start) * info.row_bytes
+            data = os.pread(handle, wanted, info.offset + start * info.row_bytes)
+            if len(data) != wanted:
+                raise IntegrityError("the file became shorter while it was read", path=path, tensor=name)
+            return np.frombuffer(data, np.uint8).reshape(stop - start, -1)
         finally:
             os.close(handle)
 

@@ -75,6 +75,22 @@ class Packing:
     codec: str = "F16"
 
 
+def planned(config: ModelConfig, packing: Packing) -> dict[str, TensorInfo]:
+    """Every stored tensor by name, in the order of writing; UnsupportedError for a linear that cannot be packed."""
+    stored: dict[str, TensorInfo] = {}
+    for name, shape in archs.by_name(config.family).tensors(config).items():
+        stem = name.removesuffix(".weight")
+        if name in packing.linears:
+            parts = packing.layout.parts((shape[0], shape[1]))
+            wanted = {f"{stem}.{suffix}": (part.shape, part.codecs[0]) for suffix, part in parts.items()}
+        else:
+            wanted = {name: (shape, packing.codec)}
+        for key, (dims, kind) in wanted.items():
+            rows = int(np.prod(dims[:-1], dtype=np.int64))
+            stored[key] = TensorInfo(key, dims, kind, rows * row_nbytes(kind, dims[-1]))
+    return stored
+
+
 def create(
     path: Path,
     config: ModelConfig,
@@ -92,20 +108,9 @@ def create(
     shard's `__metadata__`. Raises OutputExistsError, ResourceError (disk), UnsupportedError (a linear that cannot be
     packed).
     """
-    layout, linears, codec = packing.layout, packing.linears, packing.codec
     if path.is_dir() and any(path.iterdir()) and not is_checkpoint(path):
         raise OutputExistsError("the folder is no checkpoint and is not replaced", path=path, hint="Remove it first.")
-    stored: dict[str, TensorInfo] = {}
-    for name, shape in archs.by_name(config.family).tensors(config).items():
-        stem = name.removesuffix(".weight")
-        if name in linears:
-            parts = layout.parts((shape[0], shape[1]))
-            wanted = {f"{stem}.{suffix}": (part.shape, part.codecs[0]) for suffix, part in parts.items()}
-        else:
-            wanted = {name: (shape, codec)}
-        for key, (dims, kind) in wanted.items():
-            rows = int(np.prod(dims[:-1], dtype=np.int64))
-            stored[key] = TensorInfo(key, dims, kind, rows * row_nbytes(kind, dims[-1]))
+    stored, codec = planned(config, packing), packing.codec
     extras = _companions(config, vocab, source)
     raw = json.loads(dump(config, dtype=codec))
     extras[CONFIG_NAME] = _json({**raw, KEY: dict(packing.quantization)})
@@ -118,7 +123,7 @@ def create(
         split_bytes=split_bytes or SPLIT_BYTES,
         notes={NOTES + name: value for name, value in (notes or {}).items()},
     )
-    return PackedWriter(files, stored, linears)
+    return PackedWriter(files, stored, packing.linears)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from weightsmith.errors import UsageError
 from weightsmith.quant.algorithms import rtn
-from weightsmith.quant.algorithms.gptq import loss_of
+from weightsmith.quant.algorithms.moments import loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 
 STEPS = 20

@@ -30,3 +30,18 @@ def read_pair(row, k):
         return np.int32(row[4 + k] & 63), np.int32(row[8 + k] & 63)
     low, s, m = np.int32(row[8 + k]), np.int32(row[k]), np.int32(row[4 + k])
     return np.int32((low & 15) | (s >> 6) << 4), np.int32((low >> 4) | (m >> 6) << 4)
+
+
+def unpack_pairs(blocks):
+    """Scales and mins, int16 [n, 8] each, of blocks uint8 [n, at least 16]."""
+    low, mid, both = (blocks[:, at : at + 4].astype(np.int16) for at in (4, 8, 12))
+    scales = np.concatenate([low & 63, (both & 15) | (low >> 6) << 4], axis=1)
+    mins = np.concatenate([mid & 63, (both >> 4) | (mid >> 6) << 4], axis=1)
+    return scales, mins
+
+
+def pack_pairs(blocks, scales, mins):
+    """The inverse of `unpack_pairs`, into bytes 4 to 15."""
+    blocks[:, 4:8] = scales[:, :4] | (scales[:, 4:] >> 4) << 6
+    blocks[:, 8:12] = mins[:, :4] | (mins[:, 4:] >> 4) << 6
+    blocks[:, 12:16] = (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4

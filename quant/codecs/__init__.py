@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.quant import finite, foreign
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
+from weightsmith.quant.lattice import Lattice
 from weightsmith.types import Packed, Rows
 
 SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
+
+# Layouts that `unpack` opens, so that error feedback can choose their codes.
+OPEN = SEARCHED | {"Q4_0", "Q4_1", "Q5_0", "Q5_1"}
 
 
 @cache
@@ -69,3 +73,15 @@ def decode(codec: str, packed: Packed, row_len: int) -> Rows:
 def check_finite(codec: str, packed: Packed) -> None:
     """Raise IntegrityError if the bytes of a float layout, or a block layout's scales, hold NaN or Inf."""
     finite.check_finite(codec, packed)
+
+
+def unpack(codec: str, packed: Packed) -> Lattice:
+    """Packed rows (uint8 [rows, row_bytes]) of a layout in OPEN as codes, integers and halfs."""
+    found: Lattice = _module(codec).unpack(packed)
+    return found
+
+
+def pack(codec: str, lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    packed: Packed = _module(codec).pack(lattice)
+    return packed

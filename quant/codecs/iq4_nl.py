@@ -18,11 +18,13 @@ from weightsmith.quant.algorithms.levels import IQ4, table_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (1, 32, np.float32(127.0), np.float32(113.0), np.float32(1.0), np.float32(25.0), np.float32(25.0))
 _REACH = reach_bits(113.0)
+LATTICE = Shape(32, 32, 15, table=tuple(IQ4.astype(int).tolist()))
 
 
 @kernel(weighted.SEARCH)
@@ -70,3 +72,19 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("IQ4_NL", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes and halfs of packed rows."""
+    blocks = blocks_of("IQ4_NL", packed)
+    codes = fields(blocks[:, 2:], 4).reshape(-1, 32)
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0))
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("IQ4_NL", lattice)
+    put_half(blocks, 0, lattice.d)
+    codes = lattice.codes.reshape(-1, 2, 16)
+    blocks[:, 2:] = join(codes, 4)
+    return blocks.reshape(len(lattice.codes), -1)

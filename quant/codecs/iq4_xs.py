@@ -22,11 +22,13 @@ from weightsmith.quant.algorithms.levels import IQ4, table_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (8, 32, np.float32(127.0), np.float32(113.0), np.float32(32.0), np.float32(25.0), np.float32(25.0))
 _REACH = reach_bits(32.0 * 113.0)
+LATTICE = Shape(256, 32, 15, 0, (-32, 31), table=tuple(IQ4.astype(int).tolist()))
 
 
 @kernel(weighted.SEARCH)
@@ -88,3 +90,25 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("IQ4_XS", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("IQ4_XS", packed)
+    low = fields(blocks[:, 4:8], 4).swapaxes(1, 2).reshape(-1, 8)
+    high = fields(blocks[:, 2:4], 2).swapaxes(1, 2).reshape(-1, 8)
+    codes = fields(blocks[:, 8:].reshape(-1, 8, 16), 4)
+    return opened(
+        LATTICE, len(packed), codes.reshape(-1, 256), half_at(blocks, 0), (low | high << 4).astype(np.int16) - 32
+    )
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("IQ4_XS", lattice)
+    put_half(blocks, 0, lattice.d)
+    scales = lattice.scales.reshape(-1, 8) + 32
+    blocks[:, 2:4] = join((scales >> 4).reshape(-1, 2, 4).swapaxes(1, 2), 2)
+    blocks[:, 4:8] = join((scales & 15).reshape(-1, 4, 2).swapaxes(1, 2), 4)
+    blocks[:, 8:] = join(lattice.codes.reshape(-1, 8, 2, 16), 4).reshape(-1, 128)
+    return blocks.reshape(len(lattice.codes), -1)

@@ -18,11 +18,13 @@ from weightsmith.quant.algorithms.asymmetric import LM, LS, N_STATE, search
 from weightsmith.quant.algorithms.lanes import LANES
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = asymmetric.ARITHMETIC_VERSION
 _SHAPE = (16, 16, np.float32(3.0), np.float32(15.0), np.float32(1.2), 0, np.float32(0.0))
 _REACH = reach_bits(15.0)
+LATTICE = Shape(256, 16, 3, 0, (0, 15), (0, 15))
 
 
 @kernel(weighted.SEARCH)
@@ -79,3 +81,22 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q2_K", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("Q2_K", packed)
+    integers = fields(blocks[:, :16], 4)
+    codes = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    d, dmin = half_at(blocks, 80), half_at(blocks, 82)
+    return opened(LATTICE, len(packed), codes, d, integers[:, 0], dmin, integers[:, 1])
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q2_K", lattice)
+    blocks[:, :16] = join(np.stack([lattice.scales.reshape(-1, 16), lattice.mins.reshape(-1, 16)], 1), 4)
+    blocks[:, 16:80] = join(lattice.codes.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    put_half(blocks, 80, lattice.d)
+    put_half(blocks, 82, lattice.dmin)
+    return blocks.reshape(len(lattice.codes), -1)

@@ -21,12 +21,14 @@ from weightsmith.quant.algorithms.levels import signed_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (16, 16, np.float32(4.0), np.float32(3.0), np.float32(32.0), np.float32(1.25), np.float32(2.0))
 _REACH = reach_bits(32.0 * 3.0)
 _TENTH = np.float32(0.1)
+LATTICE = Shape(256, 16, 7, 4, (-32, 31))
 
 
 @kernel(weighted.SEARCH)
@@ -98,3 +100,27 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q3_K", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("Q3_K", packed)
+    low = fields(blocks[:, 96:104], 4).reshape(-1, 16)
+    high = fields(blocks[:, 104:108], 2).reshape(-1, 16)
+    codes = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    codes |= fields(blocks[:, :32], 1).reshape(-1, 256) << 2
+    scales = (low | high << 4).astype(np.int16) - 32
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 108), scales)
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q3_K", lattice)
+    codes = lattice.codes.reshape(-1, 8, 32)
+    blocks[:, :32] = join(codes >> 2, 1)
+    blocks[:, 32:96] = join(codes.reshape(-1, 2, 4, 32) & 3, 2).reshape(-1, 64)
+    scales = lattice.scales.reshape(-1, 16) + 32
+    blocks[:, 96:104] = join((scales & 15).reshape(-1, 2, 8), 4)
+    blocks[:, 104:108] = join((scales >> 4).reshape(-1, 4, 4), 2)
+    put_half(blocks, 108, lattice.d)
+    return blocks.reshape(len(lattice.codes), -1)

@@ -25,7 +25,10 @@ from weightsmith.quant.kernels import (
     inverse,
     kernel,
 )
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
+
+LATTICE = Shape(32, 32, 15, 8)
 
 
 @kernel(ENCODE)
@@ -65,3 +68,19 @@ def encode(rows: Rows) -> Packed:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q4_0", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes and halfs of packed rows."""
+    blocks = blocks_of("Q4_0", packed)
+    codes = fields(blocks[:, 2:], 4).reshape(-1, 32)
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0))
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q4_0", lattice)
+    put_half(blocks, 0, lattice.d)
+    codes = lattice.codes.reshape(-1, 2, 16)
+    blocks[:, 2:] = join(codes, 4)
+    return blocks.reshape(len(lattice.codes), -1)

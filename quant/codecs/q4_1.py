@@ -24,7 +24,10 @@ from weightsmith.quant.kernels import (
     inverse,
     kernel,
 )
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
+
+LATTICE = Shape(32, 32, 15, mins=(-1, -1))
 
 
 @kernel(ENCODE)
@@ -70,3 +73,20 @@ def encode(rows: Rows) -> Packed:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q4_1", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes and halfs of packed rows."""
+    blocks = blocks_of("Q4_1", packed)
+    codes = fields(blocks[:, 4:], 4).reshape(-1, 32)
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0), dmin=half_at(blocks, 2))
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q4_1", lattice)
+    put_half(blocks, 0, lattice.d)
+    put_half(blocks, 2, lattice.dmin)
+    codes = lattice.codes.reshape(-1, 2, 16)
+    blocks[:, 4:] = join(codes, 4)
+    return blocks.reshape(len(lattice.codes), -1)

@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from weightsmith.quant.algorithms import asymmetric, weighted
 from weightsmith.quant.algorithms.asymmetric import LM, LS, N_STATE, search
 from weightsmith.quant.algorithms.lanes import LANES
-from weightsmith.quant.algorithms.sixbit import read_pair, write_pairs
+from weightsmith.quant.algorithms.sixbit import pack_pairs, read_pair, unpack_pairs, write_pairs
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = asymmetric.ARITHMETIC_VERSION
 _SHAPE = (8, 32, np.float32(15.0), np.float32(63.0), np.float32(1.8), 21, np.float32(-1.0))
 _REACH = reach_bits(63.0)
+LATTICE = Shape(256, 32, 15, 0, (0, 63), (0, 63))
 
 
 @kernel(weighted.SEARCH)
@@ -78,3 +80,21 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q4_K", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("Q4_K", packed)
+    scales, mins = unpack_pairs(blocks)
+    codes = fields(blocks[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0), scales, half_at(blocks, 2), mins)
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q4_K", lattice)
+    put_half(blocks, 0, lattice.d)
+    put_half(blocks, 2, lattice.dmin)
+    pack_pairs(blocks, lattice.scales.reshape(-1, 8), lattice.mins.reshape(-1, 8))
+    blocks[:, 16:] = join(lattice.codes.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
+    return blocks.reshape(len(lattice.codes), -1)

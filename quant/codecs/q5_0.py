@@ -23,7 +23,10 @@ from weightsmith.quant.kernels import (
     inverse,
     kernel,
 )
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
+
+LATTICE = Shape(32, 32, 31, 16)
 
 
 @kernel(ENCODE)
@@ -74,3 +77,21 @@ def encode(rows: Rows) -> Packed:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q5_0", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes and halfs of packed rows."""
+    blocks = blocks_of("Q5_0", packed)
+    codes = fields(blocks[:, 6:], 4).reshape(-1, 32)
+    codes |= fields(blocks[:, 2:6], 1).swapaxes(1, 2).reshape(-1, 32) << 4
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0))
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q5_0", lattice)
+    put_half(blocks, 0, lattice.d)
+    codes = lattice.codes.reshape(-1, 2, 16)
+    blocks[:, 2:6] = join(codes.reshape(-1, 4, 8).swapaxes(1, 2) >> 4, 1)
+    blocks[:, 6:] = join(codes & 15, 4)
+    return blocks.reshape(len(lattice.codes), -1)

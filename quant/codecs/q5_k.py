@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from weightsmith.quant.algorithms import asymmetric, weighted
 from weightsmith.quant.algorithms.asymmetric import LM, LS, N_STATE, search
 from weightsmith.quant.algorithms.lanes import LANES
-from weightsmith.quant.algorithms.sixbit import read_pair, write_pairs
+from weightsmith.quant.algorithms.sixbit import pack_pairs, read_pair, unpack_pairs, write_pairs
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = asymmetric.ARITHMETIC_VERSION
 _SHAPE = (8, 32, np.float32(31.0), np.float32(63.0), np.float32(3.0), 16, np.float32(-0.5))
 _REACH = reach_bits(63.0)
+LATTICE = Shape(256, 32, 31, 0, (0, 63), (0, 63))
 
 
 @kernel(weighted.SEARCH)
@@ -82,3 +84,24 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q5_K", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("Q5_K", packed)
+    scales, mins = unpack_pairs(blocks)
+    codes = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    codes |= fields(blocks[:, 16:48], 1).reshape(-1, 256) << 4
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 0), scales, half_at(blocks, 2), mins)
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q5_K", lattice)
+    put_half(blocks, 0, lattice.d)
+    put_half(blocks, 2, lattice.dmin)
+    pack_pairs(blocks, lattice.scales.reshape(-1, 8), lattice.mins.reshape(-1, 8))
+    codes = lattice.codes.reshape(-1, 8, 32)
+    blocks[:, 16:48] = join(codes >> 4, 1)
+    blocks[:, 48:] = join(codes.reshape(-1, 4, 2, 32) & 15, 4).reshape(-1, 128)
+    return blocks.reshape(len(lattice.codes), -1)

@@ -21,12 +21,14 @@ from weightsmith.quant.algorithms.levels import signed_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (16, 16, np.float32(32.0), np.float32(31.0), np.float32(128.0), np.float32(6.0), np.float32(1.5))
 _REACH = reach_bits(128.0 * 31.0)
 _TENTH = np.float32(0.1)
+LATTICE = Shape(256, 16, 63, 32, (-128, 127))
 
 
 @kernel(weighted.SEARCH)
@@ -89,3 +91,23 @@ def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort:
 def decode(packed: Packed, row_len: int) -> Rows:
     """Unpack to float32 [rows, row_len]."""
     return decode_blocks("Q6_K", _decode, packed, row_len)
+
+
+def unpack(packed: Packed) -> Lattice:
+    """The codes, integers and halfs of packed rows."""
+    blocks = blocks_of("Q6_K", packed)
+    codes = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
+    codes |= fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256) << 4
+    scales = blocks[:, 192:208].view(np.int8)
+    return opened(LATTICE, len(packed), codes, half_at(blocks, 208), scales)
+
+
+def pack(lattice: Lattice) -> Packed:
+    """The inverse of `unpack`."""
+    blocks = empty("Q6_K", lattice)
+    codes = lattice.codes.reshape(-1, 2, 4, 32)
+    blocks[:, :128] = join(codes.reshape(-1, 2, 2, 64) & 15, 4).reshape(-1, 128)
+    blocks[:, 128:192] = join(codes >> 4, 2).reshape(-1, 64)
+    blocks[:, 192:208] = lattice.scales.reshape(-1, 16).astype(np.int8).view(np.uint8)
+    put_half(blocks, 208, lattice.d)
+    return blocks.reshape(len(lattice.codes), -1)

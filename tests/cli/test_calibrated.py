@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 
 from tests.tiny import write_llama
 from weightsmith.cli.app import run
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +47,8 @@ def test_a_text_and_its_imatrix_give_the_same_weights(
     made = result(capsys, "imatrix", str(wide), "--text", str(text), "--rows", "6", "--ctx", "64", "-o", str(matrix))
     assert made["tensors"] == 14
     common = ["quantize", str(wide), "--to", "gguf:Q4_K_M"]
-    result(capsys, *common, "-o", str(tmp_path / "a.gguf"), "--imatrix", str(matrix))
-    result(capsys, *common, "-o", str(tmp_path / "b.gguf"), *rows(text))
+    result(capsys, *common, "-o", str(tmp_path / "a.gguf"), "--imatrix", str(matrix), "--effort", "fast")
+    result(capsys, *common, "-o", str(tmp_path / "b.gguf"), *rows(text), "--effort", "fast")
     result(capsys, *common, "-o", str(tmp_path / "plain.gguf"))
     one, two, plain = (
         {t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / f).tensors}
@@ -53,6 +58,52 @@ def test_a_text_and_its_imatrix_give_the_same_weights(
     assert one != plain
     refused = result(capsys, *common, "-o", str(tmp_path / "c.gguf"), "--imatrix", str(matrix), *rows(text), code=2)
     assert "exclude each other" in refused["error"]["message"]
+
+
+@pytest.mark.slow
+def test_feedback_loses_less_than_importances(
+    wide: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {}
+    for effort in ("fast", "normal"):
+        out = tmp_path / f"{effort}.gguf"
+        result(capsys, "quantize", str(wide), "--to", "gguf:Q3_K_M", "-o", str(out), *rows(text), "--effort", effort)
+        against = ["--against", str(wide), "--text", str(text), "--ctx", "64", "--windows", "4"]
+        lost[effort] = result(capsys, "verify", str(out), *against)["kld_mean"]
+    assert lost["normal"] < 0.8 * lost["fast"]
+    again = tmp_path / "again.gguf"
+    result(capsys, "quantize", str(wide), "--to", "gguf:Q3_K_M", "-o", str(again), *rows(text))
+    assert again.read_bytes() == (tmp_path / "normal.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["again.gguf", "fast.gguf", "normal.gguf"]
+
+
+KILL = (
+    "import os, sys\nfrom weightsmith.cli.app import main\nfrom weightsmith.evals.calibration.work import Work\n"
+    "store = Work.store\n"
+    "def stored(self, index, parts):\n"
+    "    store(self, index, parts)\n"
+    "    if index == int(sys.argv[1]):\n"
+    "        os.kill(os.getpid(), 9)\n"
+    "Work.store = stored\nmain(sys.argv[2:])\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    layer: int, wide: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["quantize", str(wide), "--to", "gguf:IQ4_XS", *rows(text)]
+    result(capsys, *common, "-o", str(tmp_path / "whole.gguf"))
+    out = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", KILL, str(layer), *common, "-o", str(out), "-q"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env, check=False).returncode == -9
+    assert not out.exists()
+    assert (tmp_path / "out.gguf.layers" / f"layer-0000{layer}.safetensors").exists()
+    result(capsys, *common, "-o", str(out))
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert not (tmp_path / "out.gguf.layers").exists()
 
 
 @pytest.mark.parametrize("target", ["gptq:4", "gptq:8", "awq"])
@@ -89,3 +140,17 @@ def test_what_is_missing_is_told(wide: Path, tmp_path: Path, capsys: pytest.Capt
         capsys, "quantize", str(wide), "--to", "awq", "-o", out, "--calibrate", str(tmp_path / "bad.txt"), code=2
     )
     assert "UTF-8" in told["error"]["message"]
+
+
+@pytest.mark.parametrize("target", ["gptq:3", "awq"])
+def test_a_dry_run_knows_the_exact_size(
+    target: str, wide: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["quantize", str(wide), "--to", target, "--group-size", "64"]
+    planned = result(capsys, *common, "--dry-run")
+    assert planned["dry_run"]
+    made = result(capsys, *common, "-o", str(tmp_path / "out"), *rows(text), "--effort", "fast")
+    for key in ("tensor_bytes", "bpw", "types"):
+        assert planned[key] == made[key]
+    refused = result(capsys, "quantize", str(wide), "--to", "awq", "--group-size", "48", "--dry-run", code=1)
+    assert "multiple" in refused["error"]["message"]

@@ -22,7 +22,8 @@ from weightsmith.evals.calibration.work import Work
 from weightsmith.evals.compare import compare
 from weightsmith.evals.ruler import Ruler
 from weightsmith.quant.algorithms import rtn
-from weightsmith.quant.algorithms.gptq import Method, loss_of
+from weightsmith.quant.algorithms.gptq import Method
+from weightsmith.quant.algorithms.moments import loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 from weightsmith.quant.codecs import decode
 from weightsmith.types import Reader

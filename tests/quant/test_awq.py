@@ -14,7 +14,7 @@ from weightsmith.evals.calibration.stream import Block
 from weightsmith.evals.forward import llama
 from weightsmith.evals.forward.weights import Place
 from weightsmith.quant.algorithms import awq, rtn
-from weightsmith.quant.algorithms.gptq import loss_of
+from weightsmith.quant.algorithms.moments import loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 from weightsmith.quant.calibration import Moments
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from weightsmith.errors import IntegrityError, UnsupportedError, UsageError
-from weightsmith.quant.algorithms import gptq, rtn
+from weightsmith.quant.algorithms import descent, gptq, moments, rtn
+from weightsmith.quant.algorithms.columns import Columns, Levels
+from weightsmith.quant.algorithms.descent import Descent
 from weightsmith.quant.algorithms.gptq import Method
+from weightsmith.quant.algorithms.moments import damped, factor, loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 
 GRIDS = [Grid(bits, size, sym) for bits in (2, 3, 4, 8) for size in (-1, 16) for sym in (True, False)]
@@ -71,7 +74,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w, h = problem(columns=80)
     for order, static in ORDERS:
         whole = gptq.quantize(w, h, Grid(4, 16), Method(order, static))
-        monkeypatch.setattr(gptq, "BLOCK", 16)
+        monkeypatch.setattr(descent, "BLOCK", 16)
         cut = gptq.quantize(w, h, Grid(4, 16), Method(order, static))
         monkeypatch.undo()
         assert torch.equal(whole.codes, cut.codes)
@@ -84,10 +87,10 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_it_loses_less_than_rounding_and_sweeps_never_hurt(order: str, static: bool, grid: Grid) -> None:
     w, h = problem()
-    losses = [gptq.loss_of(w, rtn.quantize(w, grid).dequantize(), h)]
+    losses = [loss_of(w, rtn.quantize(w, grid).dequantize(), h)]
     for sweeps in (0, 1, 3):
         found = gptq.quantize(w, h, grid, Method(order, static, sweeps=sweeps))
-        losses.append(gptq.loss_of(w, found.dequantize(), h))
+        losses.append(loss_of(w, found.dequantize(), h))
     assert losses[1] < 0.9 * losses[0]
     # The loss that sweeps lower includes damping, so the bare one may rise by a trace.
     assert losses[2] < losses[1] * 1.001
@@ -102,14 +105,15 @@ def test_a_sweep_lowers_the_damped_loss_step_by_step() -> None:
     matrix = torch.from_numpy(damped_by_hand(h, 0.01))
     scales, zeros = found.scales.T.double().contiguous(), found.zeros.T.double()
     codes = found.codes.T.contiguous()
-    q = (codes - zeros[found.g_idx]) * scales[found.g_idx]
-    descent = gptq._Descent(matrix, q, matrix @ (w.T - q), codes, scales, zeros, grid, found.g_idx)
-    losses = [gptq.loss_of(w, descent.q.T, matrix)]
-    for step in (descent.move_scales, descent.move_codes, descent.move_scales, descent.move_codes):
+    columns = Columns(Levels(grid.top), found.g_idx, zeros, scales, torch.ones_like(scales))
+    q = columns.weights(codes, found.g_idx)
+    down = Descent(matrix, q, matrix @ (w.T - q), codes, columns)
+    losses = [loss_of(w, down.q.T, matrix)]
+    for step in (down.move_grid, down.move_codes, down.move_grid, down.move_codes):
         step()
-        losses.append(gptq.loss_of(w, descent.q.T, matrix))
-        torch.testing.assert_close(descent.q, (descent.codes - zeros[found.g_idx]) * scales[found.g_idx])
-        torch.testing.assert_close(descent.slope, matrix @ (w.T - descent.q), rtol=1e-6, atol=1e-6)
+        losses.append(loss_of(w, down.q.T, matrix))
+        torch.testing.assert_close(down.q, (down.codes - zeros[found.g_idx]) * columns.d[found.g_idx])
+        torch.testing.assert_close(down.slope, matrix @ (w.T - down.q), rtol=1e-6, atol=1e-6)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.97 * losses[0]
 
@@ -124,7 +128,7 @@ def test_a_tiny_matrix_comes_near_the_best_of_all_codes() -> None:
         scale, zero = float(found.scales[row, 0]), int(found.zeros[row, 0])
         errors = [w[row].numpy() - (np.array(codes) - zero) * scale for codes in itertools.product(range(4), repeat=4)]
         best += min(float(error @ h.numpy() @ error) for error in errors)
-    loss = gptq.loss_of(w, found.dequantize(), h)
+    loss = loss_of(w, found.dequantize(), h)
     assert best <= loss * (1 + 1e-9)
     assert loss < 1.1 * best
 
@@ -157,18 +161,30 @@ def test_group_order_keeps_groups_together() -> None:
 def test_damping_rises_until_there_is_a_factor() -> None:
     x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     h = x.T @ x  # of rank 3
-    matrix, u, share = gptq.damped(h, 0.01)
+    plain = torch.arange(16)
+    u, share = factor(h, plain, 0.01)
     assert share == 0.01
-    torch.testing.assert_close(u.T @ u, torch.linalg.inv(matrix))
+    torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped(h, 0.01)))
     assert torch.equal(u, u.triu())
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    turned = factor(h, order, 0.01)[0]
+    torch.testing.assert_close(turned, factor(h[order[:, None], order], plain, 0.01)[0])
     indefinite = h - 0.05 * h.diagonal().mean() * torch.eye(16)
-    matrix, _, share = gptq.damped(indefinite, 0.01)
+    _, share = factor(indefinite, plain, 0.01)
     assert share == pytest.approx(0.0625)
-    torch.testing.assert_close(matrix, indefinite + share * indefinite.diagonal().mean() * torch.eye(16))
+    torch.testing.assert_close(damped(h, 0.5), h + 0.5 * h.diagonal().mean() * torch.eye(16))
     with pytest.raises(IntegrityError, match="no Cholesky factor"):
-        gptq.damped(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
+        factor(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), torch.arange(2), 0.01)
     with pytest.raises(IntegrityError, match="zero or not finite"):
-        gptq.damped(torch.zeros(4, 4), 0.01)
+        factor(torch.zeros(4, 4), torch.arange(4), 0.01)
+
+
+def test_the_factor_is_made_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, h = problem(columns=50)
+    order = torch.arange(50).flip(0)
+    whole = factor(h, order, 0.01)[0]
+    monkeypatch.setattr(moments, "STRIP", 7)
+    torch.testing.assert_close(factor(h, order, 0.01)[0], whole)
 
 
 def test_dead_columns_keep_their_weights() -> None:

@@ -90,11 +90,11 @@ def command(
 ) -> None:
     """Quantize SOURCE.
 
-    One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only, by an imatrix
-    or by a text to calibrate on; gptq:BITS and awq need the text.
+    One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only, by an imatrix,
+    or with error feedback by a text to calibrate on; gptq:BITS and awq need the text.
     """
     from weightsmith import jobs
-    from weightsmith.calibrated import Calibration
+    from weightsmith.calibrated import PACKED, Calibration
     from weightsmith.cli.produce import produce
     from weightsmith.errors import UsageError
     from weightsmith.types import Recipe
@@ -103,9 +103,9 @@ def command(
     if target.type is None:
         raise UsageError("quantize needs a type", hint="For instance --to gguf:Q4_0.")
     calibration = None
-    if calibrate is not None:
+    if calibrate is not None or (dry_run and target.container in PACKED):
         calibration = Calibration(
-            calibration_text(calibrate, field),
+            calibration_text(calibrate, field) if calibrate is not None else None,
             rows=rows,
             ctx=ctx,
             group_size=group_size,

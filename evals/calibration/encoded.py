@@ -1,0 +1,199 @@
+"""A whole checkpoint to block layouts: every layer is encoded as calibration reaches it, behind the ones before it.
+
+Each linear gets the layout that a plan names, with error feedback (`quant.algorithms.compensated`) where the layout can
+be opened and by importances alone where it cannot (Q8_0); what it decodes to takes the place of its weights, so later
+linears are measured on, and make up for, what this one lost.
+
+Packed rows of a finished layer lie in OUT.layers/ (`work`), and behind the last layer the importances of the output
+matrix; a killed run takes these files up. `Encoded` hands the rows to whoever writes the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weightsmith._version import __version__
+from weightsmith.errors import WeightsmithError
+from weightsmith.evals.calibration.rows import Options, draw
+from weightsmith.evals.calibration.stream import Block, calibrate
+from weightsmith.evals.calibration.work import Parts, Work
+from weightsmith.evals.forward import load
+from weightsmith.quant import ARITHMETIC_VERSION, codecs
+from weightsmith.quant.algorithms import compensated
+from weightsmith.quant.algorithms.compensated import Inputs
+from weightsmith.quant.algorithms.moments import loss_of
+from weightsmith.quant.calibration import Moments
+from weightsmith.types import Packed, Reader
+
+_LOSS = ".loss"
+_HEAD = "head.importance"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedOptions:
+    """What to make and how. layouts: codec by canonical name of everything that is planned. damp: share of H's mean
+    diagonal. sweeps: of descent. effort: of the search for scales."""
+
+    layouts: Mapping[str, str]
+    calibration: Options = field(default_factory=Options)
+    damp: float = 0.01
+    sweeps: int = 4
+    effort: str = "normal"
+
+    def record(self) -> dict[str, Any]:
+        """What decides the result, as plain values."""
+        kept = {"layouts": dict(self.layouts), "damp": self.damp, "sweeps": self.sweeps, "effort": self.effort}
+        return {**kept, "calibration": self.calibration.record()}
+
+
+class Encoded:
+    """Finished layers as packed rows, by canonical name."""
+
+    def __init__(self, reader: Reader, work: Work, linears: Mapping[str, int]) -> None:
+        self._reader, self._work, self._linears = reader, work, linears
+        self.losses: dict[str, float] = {}
+        self.importances: dict[str, NDArray[np.float32]] = {}
+
+    def rows(self, name: str, start: int, stop: int) -> Packed | None:
+        """Packed rows [start, stop) of a tensor, or None if it was not encoded here. Safe from several threads."""
+        if name not in self._linears:
+            return None
+        index = self._linears[name]
+        return self._work.slab(index, name.removeprefix(_prefix(self._reader, index)), start, stop)
+
+    def remove(self) -> None:
+        """Forget the layers: the checkpoint is written."""
+        self._work.remove()
+
+    def close(self) -> None:
+        """Let go of the folder, which stays for a later run unless `remove` was called."""
+        self._work.close()
+
+
+def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions) -> Encoded:
+    """Encode every linear of `reader`'s layers that is planned as blocks, with calibration on `text`.
+
+    Layers that an earlier, stopped call for `out` finished with the same source, text and options are taken over.
+    Raises what `calibrate` and `compensated.encode` raise, OutputExistsError, ResourceError.
+    """
+    count = reader.config.n_layers
+    linears = _linears(reader, options)
+    tokens = draw(reader, text, options.calibration)
+    work = Work(out.with_name(f"{out.name}.layers"), _fingerprint(reader, tokens, options))
+    try:
+        resumed = work.begin(count + 1)
+
+        def finished(index: int) -> dict[str, Tensor] | None:
+            return _decoded(reader, work.load(index), index, options) if index < resumed else None
+
+        def measured(_name: str, moments: Moments) -> None:
+            work.store(count, {_HEAD: moments.diagonal.float().cpu().numpy()})
+
+        if resumed <= count:
+            left, made = set(linears), Parts()
+            for block in calibrate(reader, text, options.calibration, finished=finished, head=measured):
+                made |= _encode_block(block, options)
+                left -= set(block.moments)
+                if not any(name.startswith(block.prefix) for name in left):
+                    work.store(block.index, made)
+                    made.clear()
+        return _opened(reader, work, linears)
+    except BaseException:
+        work.close()
+        raise
+
+
+def _opened(reader: Reader, work: Work, linears: Mapping[str, int]) -> Encoded:
+    found = Encoded(reader, work, linears)
+    config = reader.config
+    for index in range(config.n_layers):
+        parts = work.load(index)
+        losses = {key: float(value[0]) for key, value in parts.items() if key.endswith(_LOSS)}
+        prefix = _prefix(reader, index)
+        found.losses |= {prefix + key.removesuffix(_LOSS): value for key, value in losses.items()}
+    if not config.tie_word_embeddings:  # an embedding must serve as what goes in, too
+        found.importances[load(reader).kind.HEAD] = work.load(config.n_layers)[_HEAD]
+    return found
+
+
+def _prefix(reader: Reader, index: int) -> str:
+    return str(load(reader).kind.LAYER.format(index))
+
+
+def _linears(reader: Reader, options: EncodedOptions) -> dict[str, int]:
+    """The layer of every matrix in one that is planned as blocks, by canonical name."""
+    from weightsmith.quant.blocks import BLOCKS  # noqa: PLC0415
+
+    prefixes = {_prefix(reader, index): index for index in range(reader.config.n_layers)}
+    found = {}
+    for name, codec in options.layouts.items():
+        index = next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
+        if index is not None and BLOCKS[codec].weights > 1:
+            found[name] = index
+    return found
+
+
+def _decoded(reader: Reader, parts: Parts, index: int, options: EncodedOptions) -> dict[str, Tensor]:
+    """What a finished layer computes with, float32 by name within it."""
+    infos, prefix = reader.infos(), _prefix(reader, index)
+    found = {}
+    for key, packed in parts.items():
+        if not key.endswith(_LOSS):
+            name = prefix + key
+            found[key] = torch.from_numpy(codecs.decode(options.layouts[name], packed, infos[name].row_len))
+    return found
+
+
+def _encode_block(block: Block, options: EncodedOptions) -> Parts:
+    """Encode a block's linears, put what they decode to into its weights, and return what is to be stored."""
+    stored: Parts = {}
+    made: dict[int, Inputs] = {}
+    for name, moments in block.moments.items():
+        codec = options.layouts[name]
+        key = name.removeprefix(block.prefix)
+        w = block.weights[key].float()
+        try:
+            if codec in codecs.OPEN:
+                if id(moments) not in made:
+                    made = {id(moments): Inputs.of(moments.h, options.damp)}
+                packed, q = compensated.encode(
+                    codec, w, made[id(moments)], sweeps=options.sweeps, effort=options.effort
+                )
+            elif codec == "Q8_0":
+                packed = codecs.encode(codec, w.cpu().numpy())
+                q = torch.from_numpy(codecs.decode(codec, packed, w.shape[1])).to(w.device)
+            else:
+                continue
+        except WeightsmithError as error:
+            error.tensor = error.tensor or name
+            raise
+        lost, whole = loss_of(w, q, moments.h), loss_of(w, torch.zeros_like(w), moments.h)
+        stored[key] = packed
+        stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
+        block.weights[key] = q.to(block.weights[key].dtype)
+    return stored
+
+
+def _fingerprint(reader: Reader, tokens: NDArray[np.int64], options: EncodedOptions) -> str:
+    """What must be equal for layers of an earlier run to be taken over."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in reader.files()]
+    work = {
+        "version": __version__,
+        "arithmetic": ARITHMETIC_VERSION,
+        "source": files,
+        "tensors": [(info.name, info.shape, info.codec) for info in reader.infos().values()],
+        "rows": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+        **options.record(),
+    }
+    return json.dumps(work, sort_keys=True)

@@ -1,0 +1,89 @@
+"""What a matrix loses by the second moments H of its inputs, and H made ready for error feedback.
+
+H is damped by a share of its mean diagonal, raised until it has a Cholesky factor. With the axes reversed H = L L^T,
+and L^-1 with the axes put back is the upper triangular U of U^T U = H^-1: H itself is never inverted. H of a wide
+linear is gigabytes, so the factor, its inverse and U take the same place one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightsmith.errors import IntegrityError
+
+EXACT = 8192  # up to so many columns the factor is computed in float64; beyond, memory counts
+MOST_DAMP = 1.0
+STRIP = 1024  # rows of a triangle that are inverted at once
+
+
+def loss_of(w: Tensor, q: Tensor, h: Tensor) -> float:
+    """tr((w - q) h (w - q)^T): the squared output error, summed over the tokens of h, in its precision."""
+    total = 0.0
+    for start in range(0, len(w), 1024):
+        error = (w[start : start + 1024].double() - q[start : start + 1024].double()).to(h.dtype)
+        total += float(((error @ h).double() * error.double()).sum())
+    return total
+
+
+def damped(h: Tensor, share: float) -> Tensor:
+    """A copy of h [in, in] with `share` of its mean diagonal added to it; dead columns get the mean before that."""
+    h = h.clone()
+    _damp(h, share)
+    return h
+
+
+def _damp(h: Tensor, share: float) -> None:
+    diagonal = h.diagonal()
+    mean = float(diagonal.double().mean())
+    if not 0 < mean < float("inf"):
+        raise IntegrityError("all calibration inputs are zero or not finite")
+    diagonal[diagonal <= 0] = mean
+    diagonal += share * mean
+
+
+def factor(h: Tensor, order: Tensor, share: float) -> tuple[Tensor, float]:
+    """U with U^T U = (damped h)^-1, its axes in `order`, and the share of damping that it took.
+
+    h: float [in, in], never changed; U in float64 for up to EXACT columns. Beside h there is never more than one matrix
+    of its size. Raises IntegrityError if no share up to 1 makes it definite.
+    """
+    wide = torch.float64 if len(h) <= EXACT else torch.float32
+    back = order.flip(0)
+    while share <= MOST_DAMP:
+        work = h[back[:, None], back].to(wide)
+        _damp(work, share)
+        lower = work.mT  # LAPACK's layout, so that the factor needs no place of its own
+        info = torch.zeros((), dtype=torch.int32, device=h.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            _invert_lower(lower)
+            if all(bool(torch.isfinite(work[at : at + STRIP]).all()) for at in range(0, len(work), STRIP)):
+                _reverse(work.view(-1))
+                return work.mT, share
+        del work, lower
+        share *= 2.5
+    raise IntegrityError("the second moments have no Cholesky factor", hint="Calibrate with more rows.")
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, strip by strip from the top."""
+    for start in range(0, len(lower), STRIP):
+        stop = min(start + STRIP, len(lower))
+        corner = lower[start:stop, start:stop]
+        one = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(corner, one, upper=False)
+        if start:
+            lower[start:stop, :start] = -(inverse @ lower[start:stop, :start]) @ lower[:start, :start]
+        lower[start:stop, start:stop] = inverse
+
+
+def _reverse(flat: Tensor) -> None:
+    """Turn a vector round in place."""
+    half = len(flat) // 2
+    for start in range(0, half, STRIP * STRIP):
+        stop = min(start + STRIP * STRIP, half)
+        front, rear = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(rear.flip(0))
+        rear.copy_(kept)
