@@ -1,4 +1,4 @@
-"""Run commands as a user would and say what they took: wall seconds and the peak of their resident memory."""
+"""Run commands as a user would and say what they took: seconds by the wall and of all cores, peak resident memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _, status, usage = os.wait4(process.pid, 0)
 seconds = time.perf_counter() - begun
 rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 with open(sys.argv[1], "w") as file:
-    json.dump([seconds, rss, os.waitstatus_to_exitcode(status)], file)
+    json.dump([seconds, rss, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime], file)
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds, peak resident bytes and exit code of one finished command."""
+    """Wall seconds, peak resident bytes, exit code and seconds on all cores of one finished command."""
 
     seconds: float
     peak_rss: int
     code: int = 0
+    cpu: float = 0.0
 
 
 def run(command: Sequence[str], log: Path, *, env: dict[str, str] | None = None) -> Run:
@@ -73,7 +74,8 @@ def repeat(times: int, contestants: dict[str, Callable[[], Run]], before: Callab
 
 def median(runs: Sequence[Run]) -> Run:
     """Median seconds and largest peak."""
-    return Run(statistics.median(r.seconds for r in runs), max(r.peak_rss for r in runs))
+    seconds, cpu = (statistics.median(values) for values in ([r.seconds for r in runs], [r.cpu for r in runs]))
+    return Run(seconds, max(r.peak_rss for r in runs), cpu=cpu)
 
 
 def machine() -> str:
