@@ -15,7 +15,8 @@ from pathlib import Path
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.formats.pickles.archive import AGAIN, Archive, read_archive
-from weightsmith.formats.pickles.machine import Storage, Strided, run
+from weightsmith.formats.pickles.machine import run
+from weightsmith.formats.pickles.statedict import STATE_DICT, Storage, Strided
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.types import TensorInfo
 
@@ -34,7 +35,7 @@ def read_tensors(handle: int, size: int, *, path: Path) -> dict[str, TensorInfo]
     member = archive.members["data.pkl"]
     if member.size > MAX_PICKLE:
         raise IntegrityError(f"a pickle of {member.size} bytes, expected at most {MAX_PICKLE}", path=path)
-    value = run(os.pread(handle, member.size, member.start), path=path)
+    value = run(os.pread(handle, member.size, member.start), STATE_DICT, path=path)
     if type(value) is not dict or not value:
         raise UnsupportedError(f"the pickle holds a {type(value).__name__}, expected named tensors", path=path)
     return {_name(name, path): _placed(name, view, archive, path) for name, view in value.items()}
