@@ -61,13 +61,35 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Rotary frequency scaling. kind: "llama3" or "linear"; lengths in tokens."""
+    """Rotary frequency scaling; lengths in tokens. low_ and high_freq_factor are of kind "llama3", betas of "yarn"."""
 
-    kind: Literal["llama3", "linear"]
+    kind: Literal["llama3", "linear", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grok:
+    """What the family Grok multiplies by and caps at: x becomes cap * tanh(x / cap), 0 is no cap.
+
+    dense_size: width of a feed-forward block beside the experts, 0 for none. temperature_length: tokens after which
+    scores are sharpened, 0 for never. graph: whose rules to follow where programs differ, empty for the vendor's (see
+    `evals.forward.grok`).
+    """
+
+    embedding_scale: float
+    logit_scale: float
+    attention_scale: float
+    attention_cap: float = 30.0
+    router_cap: float = 0.0
+    logit_cap: float = 0.0
+    dense_size: int = 0
+    temperature_length: int = 0
+    graph: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +125,7 @@ class ModelConfig:
     name: str = ""
     n_experts: int = 0
     n_experts_used: int = 0
+    grok: Grok | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,7 @@ def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options) -> Itera
         at_once = decoder.windows_at_once(options.ctx)
         for start in range(0, len(tokens), at_once):
             ids = torch.from_numpy(tokens[start : start + at_once])
-            states.put(start, weights.gather(reader, kind.EMBEDDING, ids, decoder.place))
+            states.put(start, kind.entered(weights.gather(reader, kind.EMBEDDING, ids, decoder.place), config))
         yield _Run(decoder, states, kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx))
 
 

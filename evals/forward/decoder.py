@@ -56,7 +56,9 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [B, T, hidden] on the device, for int64 tokens [B, T]."""
-        return weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
+        embedded = weights.gather(self.reader, self.kind.EMBEDDING, tokens.cpu(), self.place)
+        entered: Tensor = self.kind.entered(embedded, self.config)
+        return entered
 
     @torch.inference_mode()
     def through(self, layer: Mapping[str, Tensor], x: Tensor, tables: Any) -> None:
@@ -108,8 +110,13 @@ class Decoder:
         if self._head is None and self._head_fits:
             self._head = weights.tensor(self.reader, name, self.place)
         if self._head is not None:
-            return functional.linear(hidden, self._head).float()
+            return self.scored(functional.linear(hidden, self._head).float())
         found = torch.empty(len(hidden), self.config.vocab_size, device=self.place.device)
         for start, rows in weights.slabs(self.reader, name):
             found[:, start : start + len(rows)] = functional.linear(hidden, rows.to(*self.place))
-        return found
+        return self.scored(found)
+
+    def scored(self, products: Tensor) -> Tensor:
+        """Products of final states with the output matrix as logits."""
+        logits: Tensor = self.kind.scored(products, self.config)
+        return logits

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightsmith.evals.forward import llama, moe
-from weightsmith.evals.forward.llama import EMBEDDING, HEAD, LAYER, NORM, Tables, Tap, norm, tables
+from weightsmith.evals.forward.llama import EMBEDDING, HEAD, LAYER, NORM, Tables, Tap, entered, norm, scored, tables
 from weightsmith.types import ModelConfig
 
-__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "HEAD", "LAYER", "NORM", "layer", "norm", "tables", "working_bytes"]
+__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "HEAD", "LAYER", "NORM", "entered", "layer", "norm", "scored"]
+__all__ += ["tables", "working_bytes"]
 
 FAMILIES = ("mixtral",)
 FEEDS = llama.FEEDS[:2]

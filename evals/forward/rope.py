@@ -3,9 +3,13 @@
 Angle of pair i at position p is p * f_i with f_i = theta^(-2i/d). "linear" scaling divides every f_i by `factor`.
 "llama3" looks at the wavelength w = 2 pi / f_i against the trained length L: w < L/high keeps f_i, w > L/low divides it
 by `factor`, and between the two it blends with s = (L/w - low) / (high - low): (1 - s) f_i / factor + s f_i.
+"yarn" divides by `factor` what turns less than beta_slow times within L, keeps what turns more than beta_fast times,
+and blends by pair number between the two pairs where that is so. Its stretching of cosines is a matter of the program
+that runs the model (`grok`).
 
 Angles are computed in float64 and stored as float32 cosines and sines: in float32, the product p * f_i alone is off by
-1e-4 rad at position 2048. Ref: transformers modeling_rope_utils.py; RoFormer, arXiv 2104.09864.
+1e-4 rad at position 2048. Ref: transformers modeling_rope_utils.py; RoFormer, arXiv 2104.09864;
+YaRN, arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.evals.forward.weights import Place
-from weightsmith.types import ModelConfig
+from weightsmith.types import ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig) -> Tensor:
@@ -28,10 +32,24 @@ def frequencies(config: ModelConfig) -> Tensor:
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
+    if scaling.kind == "yarn":
+        blend = _yarn_blend(config, scaling)
+        return blend * freq / scaling.factor + (1 - blend) * freq
     turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)  # L / w
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - blend) * freq / scaling.factor + blend * freq
+
+
+def _yarn_blend(config: ModelConfig, scaling: RopeScaling) -> Tensor:
+    """How much of the factor each pair gets, from 0 for the fastest to 1 for the slowest, float64 [head_dim / 2]."""
+    length, dim = scaling.original_max_position_embeddings, config.head_dim
+    low, high = (
+        dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        for beta in (scaling.beta_fast, scaling.beta_slow)
+    )
+    low, high = max(0, math.floor(low)), min(dim - 1, math.ceil(high))
+    return ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(0.001, high - low)).clamp(0.0, 1.0)
 
 
 def tables(config: ModelConfig, length: int, place: Place) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ A family is found by listing this folder. Each module offers:
 - `tensors(config)`: every canonical tensor as `name -> shape`, in the order in which they are written;
 - `gguf_name(canonical)`: its name in GGUF; the experts of a layer share one, because GGUF stacks them;
 - `is_dropped(name)`: a tensor of either container that carries no weights;
-- `permuted_heads(canonical, config)`: heads of a tensor whose rows GGUF interleaves, else None.
+- `permuted_heads(canonical, config)`: heads of a tensor whose rows GGUF interleaves, else None;
+- `hf_name(name)`, if published checkpoints have names of their own: the canonical one, or `name` itself;
+- `GGUF_ALIASES`, if files have two names for a tensor: the part of it that is written to the one that is read as well.
 
 Canonically every expert is a matrix of its own, (out, in), and its name holds `.experts.E.`. GGUF has one tensor
 (n_experts, out, in) for a layer's w1, one for its w2, one for its w3: expert E is rows E * out to (E + 1) * out.
@@ -20,11 +22,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
-from weightsmith.errors import UnsupportedError
-from weightsmith.types import ModelConfig
+from weightsmith.errors import IntegrityError, UnsupportedError
+from weightsmith.types import ModelConfig, TensorInfo
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -60,6 +64,20 @@ def by_gguf(arch: str, *, experts: bool = False) -> ModuleType:
         kind = "with" if experts else "without"
         raise UnsupportedError(f"architecture {arch!r} {kind} experts is not known")
     return fitting[0]
+
+
+def renamed(family: ModuleType, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors of a safetensors checkpoint under canonical names; IntegrityError for two of one name."""
+    rename = getattr(family, "hf_name", None)
+    if rename is None:
+        return dict(stored)
+    found: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        canonical = rename(name)
+        if canonical in found:
+            raise IntegrityError(f"the same as {found[canonical].name}", path=info.path, tensor=name)
+        found[canonical] = replace(info, name=canonical)
+    return found
 
 
 def expert_of(canonical: str) -> int | None:

@@ -182,7 +182,7 @@ def _join(ranks: Sequence[Mapping[str, TensorInfo]], shards: Shards) -> None:
         return
     hidden = first[names.NORM].row_len if names.NORM in first else -1
     for name, info in first.items():
-        parts = [_fitting(name, info, rank) for rank in ranks]
+        parts = [fitting(name, info, rank) for rank in ranks]
         if not names.is_known(name):
             # How ranks share it is not known: shown part by part, and refused where the model is read.
             shards.tensors |= {f"{name}@{rank}": Joined(part, (part,)) for rank, part in enumerate(parts)}
@@ -192,14 +192,15 @@ def _join(ranks: Sequence[Mapping[str, TensorInfo]], shards: Shards) -> None:
             shards.tensors[name] = Joined(info, (info,))
             shards.copies[name] = parts
         else:
-            shards.tensors[name] = _concatenated(info, parts, axis)
+            shards.tensors[name] = concatenated(info, parts, axis)
     for rank in ranks[1:]:
         for name, info in rank.items():
             if name not in first:
                 raise IntegrityError("not in the first rank's file", path=info.path, tensor=name)
 
 
-def _fitting(name: str, info: TensorInfo, rank: Mapping[str, TensorInfo]) -> TensorInfo:
+def fitting(name: str, info: TensorInfo, rank: Mapping[str, TensorInfo]) -> TensorInfo:
+    """Another rank's part of the tensor that the first has as `info`; IntegrityError without one of that shape."""
     part = rank.get(name)
     if part is None:
         where = next((other.path for other in rank.values()), None)
@@ -213,7 +214,8 @@ def _fitting(name: str, info: TensorInfo, rank: Mapping[str, TensorInfo]) -> Ten
     return part
 
 
-def _concatenated(info: TensorInfo, parts: Sequence[TensorInfo], axis: int) -> Joined:
+def concatenated(info: TensorInfo, parts: Sequence[TensorInfo], axis: int) -> Joined:
+    """The whole of every rank's `parts`, of which `info` is the first, set side by side along `axis`."""
     shape = tuple(size * len(parts) if at == axis else size for at, size in enumerate(info.shape))
     nbytes = info.nbytes // max(1, math.prod(info.shape)) * math.prod(shape)
     return Joined(TensorInfo(info.name, shape, info.codec, nbytes, info.path, info.offset), tuple(parts), axis)

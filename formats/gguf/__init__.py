@@ -5,7 +5,7 @@
 | parse | one file's header, every claim checked against the file |
 | metadata | its keys, decoded when asked for |
 | shards | which files belong together |
-| keys, vocab, rope_freqs | keys to `ModelConfig` and `Vocab`, and back |
+| keys, grok_keys, vocab, rope_freqs | keys to `ModelConfig` and `Vocab`, and back |
 | pack | the bytes of a header |
 | stacks | experts, several canonical tensors in one |
 | reader, writer | the protocols of `weightsmith.types` |

@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.formats import archs
-from weightsmith.formats.gguf import rope_freqs
+from weightsmith.formats.gguf import grok_keys, rope_freqs
 from weightsmith.formats.gguf.metadata import Metadata
 from weightsmith.formats.gguf.pack import Key, array, f32, text, u32
 from weightsmith.formats.gguf.parse import F64, I32
@@ -92,7 +93,7 @@ def is_owned(key: str, arch: str) -> bool:
     """True for a key that is recomputed from the configuration and never carried over from another file."""
     owned = (
         *(f"general.{name}" for name in _GENERAL),
-        *(f"{arch}.{name}" for name in _PER_ARCH),
+        *(f"{arch}.{name}" for name in (*_PER_ARCH, *(grok_keys.OWNED if arch == "grok" else ()))),
         EOS_IDS,
         ROPE_SCALING,
     )
@@ -122,7 +123,7 @@ def read_config(
     context = _size(metadata, f"{arch}.context_length")
     vocab_size = _vocab_size(metadata, tensors, arch)
     ids = special_ids(metadata, vocab_size)
-    return ModelConfig(
+    config = ModelConfig(
         family=family.__name__.rpartition(".")[2],
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -146,6 +147,10 @@ def read_config(
         n_experts=experts,
         n_experts_used=experts_used,
     )
+    if config.family == "grok":
+        grok, width = grok_keys.read(metadata, dense="blk.0.ffn_up.weight" in tensors)
+        return replace(config, grok=grok, intermediate_size=width)
+    return config
 
 
 def _architecture(metadata: Metadata) -> str:
@@ -245,6 +250,8 @@ def _rope_scaling(
     head_dim: int,
 ) -> RopeScaling | None:
     kind = metadata.text(f"{arch}.rope.scaling.type")
+    if kind == "yarn" and arch == "grok":
+        return grok_keys.read_yarn(metadata)
     factor = metadata.number(f"{arch}.rope.scaling.factor") or metadata.number(f"{arch}.rope.scale_linear") or 1.0
     linear = kind in (None, "linear") and factor != 1.0
     if kind not in (None, "none", "linear") or factor < 0:
@@ -316,7 +323,7 @@ def config_keys(
         u32(f"{arch}.context_length", config.max_position_embeddings),
         u32(f"{arch}.embedding_length", config.hidden_size),
         u32(f"{arch}.block_count", config.n_layers),
-        u32(f"{arch}.feed_forward_length", config.intermediate_size),
+        u32(f"{arch}.feed_forward_length", (config.grok and config.grok.dense_size) or config.intermediate_size),
         u32(f"{arch}.attention.head_count", config.n_heads),
         u32(f"{arch}.attention.head_count_kv", config.n_kv_heads),
         u32(f"{arch}.attention.key_length", config.head_dim),
@@ -332,6 +339,7 @@ def config_keys(
         keys.append(text(f"{arch}.rope.scaling.type", "linear"))
         keys.append(f32(f"{arch}.rope.scaling.factor", config.rope_scaling.factor))
     keys += _rope_scaling_keys(config)
+    keys += grok_keys.keys(config) if config.grok is not None else []
     if file_type is None:
         file_type = FILE_TYPES.get(main_codec(tensors))
     if file_type is not None:

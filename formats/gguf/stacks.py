@@ -25,7 +25,11 @@ def stored_as(
     canonical: str, shape: tuple[int, ...], config: ModelConfig, native: Mapping[str, TensorInfo]
 ) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the file's tensor that is, or must be, where a canonical one of `shape` lies."""
-    stack: str = archs.by_name(config.family).gguf_name(canonical)
+    family = archs.by_name(config.family)
+    stack: str = family.gguf_name(canonical)
+    for part, other in getattr(family, "GGUF_ALIASES", {}).items():
+        if part in stack and stack not in native:
+            stack = stack.replace(part, other)
     expert = archs.expert_of(canonical)
     if expert is not None and stack not in native:
         single = f"{stack.removesuffix(_SUFFIX)}.{expert}.weight"

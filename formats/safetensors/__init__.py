@@ -8,7 +8,7 @@ nothing is renamed or permuted here.
 | strictjson | JSON from outside: size, nesting and duplicate keys |
 | header | one file: its header, every claim checked against the file |
 | index | which files belong together, and the shard index |
-| config | config.json to ModelConfig and back |
+| config, grok_config, keys | config.json to ModelConfig and back |
 | stacked | experts that lie in one tensor |
 | reader, writer | the protocols of `weightsmith.types` |
 """
@@ -56,24 +56,26 @@ def open_reader(path: Path) -> SafetensorsReader:
 def plan(reader: Reader, recipe: Recipe) -> Plan:
     """Say in which type every canonical tensor of `reader` is written.
 
-    No type: float tensors keep theirs and block-quantized ones become F16. A given type is for all tensors, except
-    that the F32 vectors of a GGUF stay F32: that is how GGUF holds norms and biases, it costs nothing, and so a way
-    there and back leaves every byte as it was. Raises UnsupportedError for a type that is no weight by itself, and
-    UsageError for patterns, which only a block-quantized container has a use for.
+    No type: float tensors keep theirs and block-quantized ones become F16 (Grok-1's original ones BF16, as which xAI's
+    code multiplies them out). A given type is for all tensors, except that the F32 vectors of a GGUF stay F32: that is
+    how GGUF holds norms and biases, it costs nothing, and so a way there and back leaves every byte as it was.
+    Raises UnsupportedError for a type that is no weight by itself, and UsageError for patterns, which only a
+    block-quantized container has a use for.
     """
     if recipe.type is not None and recipe.type not in TYPES:
         raise UnsupportedError(f"safetensors is not written as {recipe.type}", hint=f"Known types: {', '.join(TYPES)}.")
     if recipe.overrides:
         raise UsageError("safetensors has one type for all tensors", hint="Leave --tensor-type out.")
     planned = []
+    multiplied = "BF16" if reader.container == "grok1" else "F16"
     for info in reader.infos().values():
-        target = _target(info, recipe.type, keep_vectors=reader.container == "gguf")
+        target = _target(info, recipe.type, multiplied, keep_vectors=reader.container == "gguf")
         nbytes = info.n_rows * row_nbytes(target, info.row_len)
         planned.append(TensorInfo(info.name, info.shape, target, nbytes))
     return Plan(planned)
 
 
-def _target(info: TensorInfo, codec: str | None, *, keep_vectors: bool) -> str:
+def _target(info: TensorInfo, codec: str | None, multiplied: str, *, keep_vectors: bool) -> str:
     if info.codec in _INTEGERS:
         raise UnsupportedError(f"holds {info.codec} integers, not weights", path=info.path, tensor=info.name)
     if codec is not None and not (keep_vectors and len(info.shape) == 1 and info.codec == "F32"):
@@ -81,7 +83,7 @@ def _target(info: TensorInfo, codec: str | None, *, keep_vectors: bool) -> str:
     if info.codec in TYPES:
         return info.codec
     if BLOCKS[info.codec].weights > 1:
-        return "F16"
+        return multiplied
     raise UnsupportedError(
         f"{info.codec} cannot be kept as it is; written are {', '.join(TYPES)}",
         path=info.path,

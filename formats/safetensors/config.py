@@ -19,15 +19,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import IntegrityError, UnsupportedError, WeightsmithError
+from weightsmith.errors import UnsupportedError, WeightsmithError
 from weightsmith.formats import archs
+from weightsmith.formats.safetensors import grok_config
+from weightsmith.formats.safetensors.keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Keys
 from weightsmith.formats.safetensors.strictjson import read_object
 from weightsmith.types import ModelConfig, RopeScaling
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG = 16 << 20  # bytes
-MAX_LAYERS, MAX_EXPERTS = 4096, 1024
-MAX_SIZE = (1 << 31) - 1
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _SILU = ("silu", "swish")
@@ -52,64 +52,13 @@ def read_raw(path: Path) -> dict[str, Any]:
     return read_object(path, limit=MAX_CONFIG)
 
 
-class _Keys:
-    """Typed access to the keys of one JSON object; null counts as absent."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path, where: str = "") -> None:
-        self.raw, self.path, self.where = raw, path, where
-        self.absent: Mapping[str, Any] = {}
-
-    def fault(self, key: str, found: object, expected: str) -> IntegrityError:
-        return IntegrityError(f"{self.where}{key} is {str(found)[:80]!r}, expected {expected}", path=self.path)
-
-    def count(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
-        value = self.raw.get(key)
-        value = self.absent.get(key, default) if value is None else value
-        if type(value) is not int or not 0 < value <= limit:
-            raise self.fault(key, value, f"a whole number from 1 to {limit}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.raw.get(key)
-        value = self.absent.get(key, default) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise self.fault(key, value, "a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key)
-        if value is not None and type(value) is not bool:
-            raise self.fault(key, value, "true or false")
-        return bool(value)
-
-    def text(self, key: str) -> str:
-        value = self.raw.get(key)
-        if value is not None and type(value) is not str:
-            raise self.fault(key, value, "a string")
-        return value or ""
-
-    def table(self, key: str) -> Mapping[str, Any]:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.fault(key, value, "an object")
-        return value or {}
-
-    def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """Token ids; a negative one is an old way to say that there is none."""
-        value = self.raw.get(key)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item < vocab_size for item in listed) or len(listed) > 1024:
-            raise self.fault(key, value, f"token ids below {vocab_size}")
-        return tuple(item for item in listed if item >= 0)
-
-
 def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
     """Turn a raw config.json into a ModelConfig. `dtype` (codec) is used where the file states none that is known.
 
     Raises UnsupportedError (family, activation, rope kind, quantized weights) or IntegrityError (a value of the wrong
     type or size), both naming the key.
     """
-    keys = _Keys(raw, path)
+    keys = Keys(raw, path)
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise keys.fault("architectures", architectures, "a list of class names")
@@ -120,17 +69,12 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
         raise
     family = module.__name__.rpartition(".")[2]
     keys.absent = _ABSENT.get(family, {})
+    _refuse_quantized(keys)
+    if family == "grok":
+        return grok_config.read(keys, dtype=_dtype(keys) or dtype)
     _refuse_unknown(keys)
     vocab_size, hidden = keys.count("vocab_size"), keys.count("hidden_size")
-    n_heads = keys.count("num_attention_heads")
-    n_kv_heads = keys.count("num_key_value_heads", n_heads)
-    if n_heads % n_kv_heads:
-        raise keys.fault("num_key_value_heads", n_kv_heads, f"a divisor of num_attention_heads, {n_heads}")
-    if raw.get("head_dim") is None and hidden % n_heads:
-        raise keys.fault("num_attention_heads", n_heads, f"a divisor of hidden_size, {hidden}")
-    head_dim = keys.count("head_dim", hidden // n_heads)
-    if head_dim % 2:
-        raise keys.fault("head_dim", head_dim, "an even number, because rotary embedding turns pairs")
+    n_heads, n_kv_heads, head_dim = keys.heads(hidden)
     context = keys.count("max_position_embeddings")
     rope_theta, rope_scaling = _rope(keys, context)
     has_biases, has_window = family == "llama", family != "llama"  # a class ignores the keys of the others
@@ -165,11 +109,17 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
     return config
 
 
-def _refuse_unknown(keys: _Keys) -> None:
-    """Refuse what changes the computation or the meaning of the weights and is not known here."""
+def _refuse_unknown(keys: Keys) -> None:
+    """Refuse what changes the computation and is not known here."""
     activation = keys.text("hidden_act") or "silu"
     if activation not in _SILU:
         raise UnsupportedError(f"hidden_act {activation!r} is not known, only silu", path=keys.path)
+    factor = keys.number("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise UnsupportedError(f"partial_rotary_factor {factor} is not known, only 1", path=keys.path)
+
+
+def _refuse_quantized(keys: Keys) -> None:
     for key in ("quantization_config", "compression_config"):
         if quantization := keys.table(key):
             method = str(quantization.get("quant_method", "unnamed"))[:40]
@@ -178,30 +128,27 @@ def _refuse_unknown(keys: _Keys) -> None:
                 path=keys.path,
                 hint="Start from the original checkpoint in full precision.",
             )
-    factor = keys.number("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise UnsupportedError(f"partial_rotary_factor {factor} is not known, only 1", path=keys.path)
 
 
-def _dtype(keys: _Keys) -> str | None:
+def _dtype(keys: Keys) -> str | None:
     named = keys.raw.get("dtype") or keys.raw.get("torch_dtype")
     return DTYPES.get(named.removeprefix("torch.")) if isinstance(named, str) else None
 
 
-def _experts(keys: _Keys) -> tuple[int, int]:
+def _experts(keys: Keys) -> tuple[int, int]:
     """Experts of a layer, and how many of them a token passes through."""
     count = keys.count("num_local_experts", limit=MAX_EXPERTS)
     return count, keys.count("num_experts_per_tok", limit=count)
 
 
-def _window(keys: _Keys) -> int | None:
+def _window(keys: Keys) -> int | None:
     """The sliding window: an explicit null switches it off, a missing key is the class's default."""
     if keys.raw.get("sliding_window", keys.absent.get("sliding_window")) is None:
         return None
     return keys.count("sliding_window")
 
 
-def _check_layer_types(keys: _Keys, config: ModelConfig) -> None:
+def _check_layer_types(keys: Keys, config: ModelConfig) -> None:
     """`layer_types` must say the same for every layer, and what sliding_window says."""
     listed = keys.raw.get("layer_types")
     if listed is None:
@@ -211,17 +158,17 @@ def _check_layer_types(keys: _Keys, config: ModelConfig) -> None:
         raise UnsupportedError(f"layer_types other than {expected!r} for every layer are not known", path=keys.path)
 
 
-def _rope(keys: _Keys, context: int) -> tuple[float, RopeScaling | None]:
+def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_scaling`, `rope_parameters` and the top level, which must agree."""
     found = []
     for key in ("rope_scaling", "rope_parameters"):
         table = keys.table(key)
         nested = {kind: value for kind, value in table.items() if kind in _LAYER_TYPES}
         if nested:
-            parts = [(f"{key}.{kind}.", _Keys(nested, keys.path, f"{key}.").table(kind)) for kind in nested]
+            parts = [(f"{key}.{kind}.", Keys(nested, keys.path, f"{key}.").table(kind)) for kind in nested]
         else:
             parts = [(f"{key}.", table)] if table else []
-        found += [_rope_table(_Keys(part, keys.path, where), keys, context) for where, part in parts]
+        found += [_rope_table(Keys(part, keys.path, where), keys, context) for where, part in parts]
     if not found:
         return keys.number("rope_theta", 10000.0), None
     if any(other != found[0] for other in found):
@@ -229,7 +176,7 @@ def _rope(keys: _Keys, context: int) -> tuple[float, RopeScaling | None]:
     return found[0]
 
 
-def _rope_table(part: _Keys, keys: _Keys, context: int) -> tuple[float, RopeScaling | None]:
+def _rope_table(part: Keys, keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     kind = part.text("rope_type") or part.text("type") or "default"
     theta = part.number("rope_theta", keys.number("rope_theta", 10000.0))
     factor = part.number("partial_rotary_factor", 1.0)
@@ -277,6 +224,8 @@ def dump(config: ModelConfig, *, dtype: str) -> bytes:
     }
     if config.family == "llama":
         raw |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    elif config.grok is not None:
+        raw |= grok_config.entries(config)
     else:
         raw["sliding_window"] = config.sliding_window
     if module.HAS_EXPERTS:

@@ -120,7 +120,7 @@ class SafetensorsReader:
             config = self.config
             family = archs.by_name(config.family)
             expected = family.tensors(config)
-            stored = dict(self._header.tensors)
+            stored = archs.renamed(family, self._header.tensors)
             if config.n_experts:
                 stored = cut(stored, config)
             if config.tie_word_embeddings:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import IntegrityError, UnsupportedError
-from weightsmith.formats.tokenizer import patterns, sentencepiece_model, tekken, tiktoken, verify
+from weightsmith.formats.tokenizer import patterns, sentencepiece_model, tekken, tiktoken, tok_json, verify
 from weightsmith.formats.tokenizer.hf_json_model import Parsed, parse
 from weightsmith.formats.tokenizer.pieces import (
     BYTE,
@@ -51,6 +51,8 @@ def from_folder(folder: Path, config: ModelConfig, *, pre: str | None = None) ->
         return tekken.from_file(tekken_path, config, pre=pre)
     if json_path is None and model_path is not None and tiktoken.is_ranks(model_path):
         return tiktoken.from_file(model_path, config, pre=pre)
+    if json_path is None and model_path is None and (tok_path := optional(folder, tok_json.NAME)):
+        return tok_json.from_file(tok_path, config, pre=pre)
     if json_path is None and model_path is None:
         _refuse_others(folder)
         return None
@@ -82,7 +84,7 @@ def _read_model(path: Path, *, spare: bool) -> sentencepiece_model.Model | None:
 
 def _refuse_others(folder: Path) -> None:
     """Say so if the folder has a tokenizer, but of a form that is not read."""
-    for name in ("vocab.json", "merges.txt", "tokenizer.tok.json"):
+    for name in ("vocab.json", "merges.txt"):
         if (folder / name).is_file():
             raise UnsupportedError(
                 f"the only tokenizer here is {name}",

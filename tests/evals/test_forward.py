@@ -200,8 +200,8 @@ def test_half_precision_stays_close() -> None:
 
 def test_unknown_family_and_device() -> None:
     reader = tiny()
-    reader.config = replace(TINY, family="grok")
-    with pytest.raises(UnsupportedError, match="grok"):
+    reader.config = replace(TINY, family="gpt2")
+    with pytest.raises(UnsupportedError, match="gpt2"):
         forward.load(reader)
     with pytest.raises(UsageError, match="cannot be used"):
         forward.load(tiny(), device="quantum")
