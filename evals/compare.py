@@ -77,7 +77,8 @@ class Original:
         if self.ruler.engine != TORCH or not self.keep:
             yield from engines.by_name(self.ruler.engine).logits(self.reader, self.windows, self.ruler, tick)
         elif self._decoder is None:
-            decoder, kept = load(self.reader, device=self.ruler.device, memory=self.ruler.memory), []
+            ruler, kept = self.ruler, []
+            decoder = load(self.reader, device=ruler.device, memory=ruler.memory, graph=ruler.graph)
             for states in scored_states(decoder, self.windows, tick):
                 kept.append(states.clone())
                 yield from head(decoder, iter([states]), self.windows, self.ruler)

@@ -52,7 +52,7 @@ def summary(nll: scores.Values, windows: Windows, text: str, ruler: Ruler) -> Pe
         windows=len(windows.tokens),
         ctx=ruler.length,
         convention=ruler.convention,
-        engine=ruler.engine,
+        engine=ruler.computed_by,
         text_sha256=digest(text.encode()),
         tokens_sha256=windows.sha256,
     )

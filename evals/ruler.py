@@ -43,7 +43,8 @@ class Ruler:
     convention: a name in CONVENTIONS. ctx: tokens per window, None for the convention's own. engine: a module of
     `weightsmith.evals.engines` by its NAME. device: of torch. threads: None leaves each engine's default.
     max_windows: stop after so many. memory: bytes for activations and logits (the weights of two layers come on top).
-    pre: name of the pre-tokenizer where a checkpoint's own is not known.
+    pre: name of the pre-tokenizer where a checkpoint's own is not known. graph: whose rules the torch engine follows
+    where programs that run a family differ (`forward.grok`), None for the vendor's.
     """
 
     convention: str = "llama.cpp"
@@ -54,6 +55,7 @@ class Ruler:
     max_windows: int | None = None
     memory: int = 1 << 30
     pre: str | None = None
+    graph: str | None = None
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
@@ -62,6 +64,11 @@ class Ruler:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise UsageError(f"{field} is {value}, expected {least} or more")
+
+    @property
+    def computed_by(self) -> str:
+        """The engine, and the graph that it was told to follow."""
+        return f"{self.engine}:{self.graph}" if self.graph else self.engine
 
     @property
     def length(self) -> int:

@@ -44,7 +44,9 @@ def together(
     for reader in candidates:
         compare.check_same_tokens(reader, prepared)
     memory = max(1, 2 * ruler.memory // (1 + len(candidates)))
-    decoders = [load(reader, device=ruler.device, memory=memory) for reader in (original, *candidates)]
+    decoders = [
+        load(reader, device=ruler.device, memory=memory, graph=ruler.graph) for reader in (original, *candidates)
+    ]
     models = start(decoders[0], decoders[1:], own=own, twins=TWIN_WINDOWS)
     parts: list[Parts] = [[] for _ in candidates]
     of_twin: Parts = []

@@ -90,6 +90,8 @@ def logits(reader: Reader, windows: Windows, ruler: Ruler, tick: Tick) -> Iterat
     """
     if reader.container != "gguf":
         raise UsageError(f"the llama.cpp engine runs GGUF files, and this is {reader.container}", path=reader.path)
+    if ruler.graph is not None:
+        raise UsageError("the llama.cpp engine follows its own graph", hint="Leave --graph out.")
     if ruler.device != "cpu":
         raise UsageError(f"the llama.cpp engine runs on the CPU here, not on {ruler.device!r}")
     library = _library()

@@ -62,5 +62,5 @@ def head(decoder: Decoder, states: Iterator[Tensor], windows: Windows, ruler: Ru
 
 def logits(reader: Reader, windows: Windows, ruler: Ruler, tick: Tick) -> Iterator[Tensor]:
     """Logits of all scored predictions; see `weightsmith.evals.engines`."""
-    decoder = load(reader, device=ruler.device, memory=ruler.memory)
+    decoder = load(reader, device=ruler.device, memory=ruler.memory, graph=ruler.graph)
     yield from head(decoder, scored_states(decoder, windows, tick), windows, ruler)

@@ -39,6 +39,7 @@ def command(
     windows: int | None,
     threads: int | None,
     device: str,
+    graph: str | None,
     engine: str,
     allow_pickle: bool,
     as_json: bool,
@@ -60,6 +61,7 @@ def command(
         device="cpu" if engine == "llama.cpp" else torch_device(device),
         threads=threads,
         max_windows=windows,
+        graph=graph,
     )
     reader = formats.open_reader(locate(source, Catalog()).path, allow_pickle=allow_pickle)
     begun = time.monotonic()

@@ -103,8 +103,13 @@ def output_options(function: F) -> F:
 
 
 def evaluation_options(function: F) -> F:
-    """--text, --ctx, --convention, --windows, --threads, --device: how perplexity is measured."""
+    """--text, --ctx, --convention, --windows, --threads, --device, --graph: how perplexity is measured."""
     for option in (
+        click.option(
+            "--graph",
+            metavar="NAME",
+            help="Whose computation to follow where programs differ, for Grok: xai, sglang, llamacpp or hpcai.",
+        ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores by default."),
         click.option("--windows", type=click.IntRange(1), help="Use at most so many windows of the text."),

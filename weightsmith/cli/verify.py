@@ -56,6 +56,7 @@ def command(
     windows: int | None,
     threads: int | None,
     device: str,
+    graph: str | None,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -76,7 +77,14 @@ def command(
         refuse_existing(report, overwrite=force)
     catalog = Catalog()
     found, original = _located(candidates, against, catalog)
-    ruler = Ruler(convention=convention, ctx=ctx, device=torch_device(device), threads=threads, max_windows=windows)
+    ruler = Ruler(
+        convention=convention,
+        ctx=ctx,
+        device=torch_device(device),
+        threads=threads,
+        max_windows=windows,
+        graph=graph,
+    )
     gates: Gates = {"max_ppl_ratio": max_ppl_ratio, "max_kld": max_kld}
     begun = time.monotonic()
     with ExitStack() as stack:
