@@ -46,8 +46,11 @@ class File:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Names of the weight files in `folder`, in order."""
-    return sorted(name for name in os.listdir(folder) if FILE.fullmatch(name))
+    """Names of the weight files in `folder`, in order; none of a folder that cannot be listed."""
+    try:
+        return sorted(name for name in os.listdir(folder) if FILE.fullmatch(name))
+    except OSError:
+        return []
 
 
 def read_files(folder: Path) -> list[File]:

@@ -42,8 +42,11 @@ class _Part:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Names of the weight files in `folder`, in order."""
-    return sorted(name for name in os.listdir(folder) if FILE.fullmatch(name))
+    """Names of the weight files in `folder`, in order; none of a folder that cannot be listed."""
+    try:
+        return sorted(name for name in os.listdir(folder) if FILE.fullmatch(name))
+    except OSError:
+        return []
 
 
 def open_parts(folder: Path) -> Shards:
