@@ -12,7 +12,7 @@ import numpy as np
 from weightsmith.quant import codecs
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
 
-CODECS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+CODECS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def ggml_quantizer() -> Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]:

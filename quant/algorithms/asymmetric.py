@@ -13,7 +13,8 @@ Minimises sum weight * (x - w)^2 of each super-block over everything that is sto
    the error measured, then d and dmin become the least squares for the codes, as half precision stores them, if that
    measures better. Scale and min mostly move together (1, 1), (2, 2), (2, 1): that keeps the middle of the range.
 4. The choice that ggml makes (`reference`) is measured too and taken over where it is better, so that no block is
-   worse off. Not at effort `fast`, and for Q2_K only with an imatrix (without one ggml loses to any search).
+   worse off. Not at effort `fast`; for Q2_K without an imatrix only at `best`, because it would halve the speed and
+   ggml's choice wins there in one block of ten thousand.
 
 Super-blocks without a negative weight are searched mirrored (-x), which d < 0 and dmin < 0 express: offsets must not be
 positive, and this way they need not be. Refs: ggml-quants.c, make_qkx3_quants (the fan); llama.cpp PR 12557 and
@@ -40,7 +41,7 @@ from weightsmith.quant.algorithms.lanes import (
 from weightsmith.quant.algorithms.tiles import stored
 from weightsmith.quant.kernels import inner
 
-ARITHMETIC_VERSION = 1  # changes whenever the same input would give other bytes
+ARITHMETIC_VERSION = 2  # changes whenever the same input would give other bytes
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 TINY = np.float32(1e-5)  # below this share a determinant is rounding noise
@@ -72,7 +73,7 @@ def _fan_sums(tile, span, inv, shift, nmax):
 
 
 @inner
-def _sums(tile, span, s, m, nmax):
+def sums(tile, span, s, m, nmax):
     """As _fan_sums, for codes nearest to (x - m) / s."""
     inv = quotient(spread(ONE), s)
     sl = spread(ZERO)
@@ -89,7 +90,7 @@ def _sums(tile, span, s, m, nmax):
 
 
 @inner
-def _errors(tile, span, first, second, nmax):
+def errors(tile, span, first, second, nmax):
     """Weighted squared errors of a sub-block for two pairs (scale, offset), each with its nearest codes."""
     s0, m0 = first
     s1, m1 = second
@@ -150,7 +151,7 @@ def fit_sub(tile, state, k, shape, steps):
             shift = low * inv if i % 2 == 0 else high * inv - nmax
             sl, sll, sxl = _fan_sums(tile, span, inv, shift, nmax)
         else:
-            sl, sll, sxl = _sums(tile, span, scale, offset, nmax)
+            sl, sll, sxl = sums(tile, span, scale, offset, nmax)
         s, m, gain = solve(sl, sll, sxl, sx, sw)
         better = gain > best
         best = where(better, gain, best)
@@ -189,7 +190,7 @@ def _place(state, shape, d, dmin):
 
 
 @inner
-def _seed(state, shape, units, scratch, tries):
+def _seed(state, shape, units, tries):
     """The best of tries * tries pairs of d and dmin; their integers are left in the state."""
     n_sub, smax = shape[0], shape[3]
     top = spread(ZERO)
@@ -202,9 +203,9 @@ def _seed(state, shape, units, scratch, tries):
     d = spread(ZERO)
     dmin = d
     for i in range(tries):
-        d_i = stored(top / (smax + ONE - step * np.float32(i)), units, scratch)
+        d_i = stored(top / (smax + ONE - step * np.float32(i)), units)
         for j in range(tries):
-            dmin_j = stored(deep / (smax + ONE - step * np.float32(j)), units, scratch)
+            dmin_j = stored(deep / (smax + ONE - step * np.float32(j)), units)
             error = _place(state, shape, d_i, dmin_j)
             better = error < best
             best = where(better, error, best)
@@ -222,7 +223,7 @@ def _measure(tile, state, shape, d, dmin, ls_row, lm_row):
     for k in range(n_sub):
         s = d * load(state[ls_row], k)
         m = ZERO - dmin * load(state[lm_row], k)
-        error = _errors(tile, (k * sub, k * sub + sub), (s, m), (s, m), nmax)[0]
+        error = errors(tile, (k * sub, k * sub + sub), (s, m), (s, m), nmax)[0]
         store(state[TRIAL], k, error)
         total = total + error
     return total
@@ -245,7 +246,7 @@ def _walk(tile, state, shape, d, dmin, reach):
             b0 = clip(lm + NEIGHBOURS[i, 1], ZERO, smax)
             a1 = clip(ls + NEIGHBOURS[i + 1, 0], ZERO, smax)
             b1 = clip(lm + NEIGHBOURS[i + 1, 1], ZERO, smax)
-            e0, e1 = _errors(tile, span, (d * a0, ZERO - dmin * b0), (d * a1, ZERO - dmin * b1), nmax)
+            e0, e1 = errors(tile, span, (d * a0, ZERO - dmin * b0), (d * a1, ZERO - dmin * b1), nmax)
             better = e0 < best
             best = where(better, e0, best)
             best_ls = where(better, a0, best_ls)
@@ -273,7 +274,7 @@ def _refit(tile, state, shape, d, dmin):
     for k in range(n_sub):
         ls = load(state[LS], k)
         lm = load(state[LM], k)
-        sl, sll, sxl = _sums(tile, (k * sub, k * sub + sub), d * ls, ZERO - dmin * lm, nmax)
+        sl, sll, sxl = sums(tile, (k * sub, k * sub + sub), d * ls, ZERO - dmin * lm, nmax)
         a11 = a11 + ls * ls * sll
         a12 = a12 - ls * lm * sl
         a22 = a22 + lm * lm * load(state[S_W], k)
@@ -292,14 +293,14 @@ def _adopt(state, n_sub, better):
 
 
 @inner
-def _rounds(tile, state, shape, units, scratch, best, count, reach):
+def _rounds(tile, state, shape, units, best, count, reach):
     """`count` times: walk, then refit d and dmin if that measures better. best: error, d, dmin."""
     total, d, dmin = best
     for _ in range(count):
         total = _walk(tile, state, shape, d, dmin, reach)
         d_new, dmin_new = _refit(tile, state, shape, d, dmin)
-        d_new = stored(d_new, units, scratch)
-        dmin_new = stored(dmin_new, units, scratch)
+        d_new = stored(d_new, units)
+        dmin_new = stored(dmin_new, units)
         trial = _measure(tile, state, shape, d_new, dmin_new, LS, LM)
         better = trial < total
         _adopt(state, shape[0], better)
@@ -314,10 +315,9 @@ def _join_reference(tile, state, shape, units, best, guided):
     """Take over the reference's integers, d and dmin in the lanes where they measure better."""
     total, d, dmin = best
     n_sub = shape[0]
-    scratch = np.empty((1, 16), np.float32)
     d_ref, dmin_ref = reference.asymmetric(tile, state, shape, guided)
-    d_ref = stored(d_ref, units, scratch)
-    dmin_ref = stored(dmin_ref, units, scratch)
+    d_ref = stored(d_ref, units)
+    dmin_ref = stored(dmin_ref, units)
     trial = _measure(tile, state, shape, d_ref, dmin_ref, REF_LS, REF_LM)
     better = trial < total
     for k in range(n_sub):
@@ -350,17 +350,16 @@ def search(tile, units, state, codes, shape, effort, guided):
     """
     n_sub, sub, nmax = shape[:3]
     steps, before, after, reach, tries = PLANS[effort]
-    scratch = np.empty((1, 16), np.float32)
     mirror(tile, units)
     for k in range(n_sub):
         fit_sub(tile, state, k, shape, steps)
-    d, dmin = _seed(state, shape, units, scratch, tries)
+    d, dmin = _seed(state, shape, units, tries)
     total = _measure(tile, state, shape, d, dmin, LS, LM)
     _adopt(state, n_sub, total >= ZERO)
     best = (total, d, dmin)
     for stage in range(2):
-        best = _rounds(tile, state, shape, units, scratch, best, before if stage == 0 else after, reach)
-        if stage == 0 and after > 0 and (guided or shape[5] > 0):
+        best = _rounds(tile, state, shape, units, best, before if stage == 0 else after, reach)
+        if stage == 0 and after > 0 and (guided or n_sub < 16 or effort == 2):
             best = _join_reference(tile, state, shape, units, best, guided)
     _total, d, dmin = best
     for k in range(n_sub):

@@ -202,6 +202,35 @@ def where(_typing: Any, condition: Any, yes: Any, no: Any) -> Any:
     return floats(condition, yes, no), generate
 
 
+@intrinsic
+def any_lane(_typing: Any, condition: Any) -> Any:
+    """Is the mask true in some lane? Only to skip work that would change no lane: lanes stay independent."""
+
+    def generate(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        word = ir.IntType(LANES)
+        return builder.icmp_unsigned("!=", builder.bitcast(args[0], word), ir.Constant(word, 0))
+
+    return types.boolean(condition), generate
+
+
+@intrinsic
+def eleven_bits(_typing: Any, value: Any) -> Any:
+    """Magnitude of every lane rounded to eleven significant bits, ties to even: half precision's, for normal halves."""
+
+    def generate(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        words = ir.VectorType(ir.IntType(32), LANES)
+
+        def all_of(number: int) -> Any:
+            return ir.Constant(words, [number] * LANES)
+
+        size = builder.and_(builder.bitcast(args[0], words), all_of(0x7FFFFFFF))
+        tie = builder.and_(builder.lshr(size, all_of(13)), all_of(1))
+        raised = builder.add(builder.add(size, all_of(0xFFF)), tie)
+        return builder.bitcast(builder.and_(raised, all_of(0x7FFFE000)), _FLOATS)
+
+    return floats(value), generate
+
+
 @inner
 def nearest(v):
     """Round lanes of magnitude below 2**22 to whole numbers, ties to even."""

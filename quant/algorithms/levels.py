@@ -68,6 +68,18 @@ def _nearest_value(v, top, table):
     return lambda v, top, table: _from_table(v)
 
 
+def moment(weight: Any, v: Any, c: Any, table: Any) -> Any:
+    """weight * v * c, multiplied in ggml's order: whole numbers last, values of IQ4 before v; inside kernels only."""
+    raise NotImplementedError
+
+
+@overload(moment)
+def _moment(weight, v, c, table):
+    if isinstance(table, types.NoneType):
+        return lambda weight, v, c, table: weight * v * c
+    return lambda weight, v, c, table: weight * c * v
+
+
 @inner
 def signed_codes(tile, integers, d, codes, top):
     """Codes nearest to x / (d * integer), -top..top - 1, plus top, into codes (uint8 [width, 16])."""

@@ -11,7 +11,7 @@ of each super-block in four steps:
 3. Rounds of `_walk` and `_refit`: each integer tries its neighbours and its negative with codes rounded anew, then d
    becomes the least squares for the codes, as half precision stores it, if that measures better.
 4. The choice that ggml makes (`reference`) is measured too and taken over where it is better, so that no block is
-   worse off. Not at effort `fast`, and for Q3_K only with an imatrix (without one ggml loses to any search).
+   worse off. Not at effort `fast`.
 
 Refs: ggml-quants.c, make_qx_quants (the fan of one sign); ik_llama.cpp PR 295 and 624 on the other sign and on
 neighbouring integers.
@@ -37,7 +37,7 @@ from weightsmith.quant.algorithms.levels import nearest_value
 from weightsmith.quant.algorithms.tiles import stored
 from weightsmith.quant.kernels import inner
 
-ARITHMETIC_VERSION = 1  # changes whenever the same input would give other bytes
+ARITHMETIC_VERSION = 2  # changes whenever the same input would give other bytes
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 # Small scales come first and a larger one must gain more than rounding noise: where an outlier decides, several fit
@@ -46,15 +46,15 @@ LEAST = np.float32(1.0 - 2.0**-22)
 # Rows of a tile's state, each [n_sub, 16].
 SCALE, LS, ERROR, TRIAL, S_CC, REF_LS = range(6)
 N_STATE = 6
-# Moves of a sub-block's integer: times the first, plus the second. Efforts use 4, 8 and 14 of them.
+# Moves of a sub-block's integer: times the first, plus the second. Efforts use 4, 4 and 14 of them.
 _NEAR = [(1, 1), (1, -1), (1, 2), (1, -2), (-1, 0), (-1, 1), (1, 3), (1, -3)]
 NEIGHBOURS = np.array([*_NEAR, (-1, -1), (1, 4), (1, -4), (-1, 2), (1, 5), (1, -5)], np.float32)
 # Effort: steps of the fan, rounds before and after the reference's choice joins, neighbours, d tried.
-PLANS = ((10, 1, 0, 4, 17), (18, 0, 1, 8, 33), (64, 3, 3, 14, 65))
+PLANS = ((10, 1, 0, 4, 17), (16, 0, 1, 4, 17), (64, 3, 3, 14, 65))
 
 
 @inner
-def _sums(tile, span, inv, top, table):
+def sums(tile, span, inv, top, table):
     """Weighted sums of x * c and c * c for values c nearest to x * inv."""
     sxc = spread(ZERO)
     scc = sxc
@@ -68,7 +68,28 @@ def _sums(tile, span, inv, top, table):
 
 
 @inner
-def _errors(tile, span, s0, s1, top, table):
+def sums_of_two(tile, weights, span, inv0, inv1, top, table):
+    """Weighted sums of x * c and c * c for values c nearest to x * inv0, and for those nearest to x * inv1."""
+    sxc0 = spread(ZERO)
+    scc0 = sxc0
+    sxc1 = sxc0
+    scc1 = sxc0
+    for e in range(span[0], span[1]):
+        v = load(tile, e)
+        weight = load(weights, e)
+        c0 = nearest_value(v * inv0, top, table)
+        c1 = nearest_value(v * inv1, top, table)
+        wc0 = weight * c0
+        wc1 = weight * c1
+        sxc0 = sxc0 + wc0 * v
+        scc0 = scc0 + wc0 * c0
+        sxc1 = sxc1 + wc1 * v
+        scc1 = scc1 + wc1 * c1
+    return sxc0, scc0, sxc1, scc1
+
+
+@inner
+def errors(tile, span, s0, s1, top, table):
     """Weighted squared errors of a sub-block for two scales, each with its nearest codes."""
     inv0 = quotient(spread(ONE), s0)
     inv1 = quotient(spread(ONE), s1)
@@ -85,7 +106,7 @@ def _errors(tile, span, s0, s1, top, table):
 
 
 @inner
-def _extreme(tile, span):
+def extreme(tile, span):
     """The weight of largest magnitude, with its sign."""
     low = load(tile[0], span[0])
     high = low
@@ -101,22 +122,31 @@ def fit_sub(tile, state, k, shape, table, steps):
     """Real scale of sub-block k and the sum that describes the error around it."""
     _n_sub, sub, top, high, _largest, below, above = shape
     span = (k * sub, k * sub + sub)
-    unit = quotient(spread(ONE), _extreme(tile, span))
+    unit = quotient(spread(ONE), extreme(tile, span))
     best = spread(ZERO)
     scale = best
     at_cc = best
-    for i in range(steps + 1):
-        inv = quotient(spread(ONE), scale)
+    for i in range(0, steps + 1, 2):  # two at a time: the low anchor and the high one; the last is alone
         if i < steps:
-            more = above - (below + above) * np.float32(i) / np.float32(steps - 1)
-            inv = unit * ((ZERO - top - more) if i % 2 == 0 else (high + more))
-        sxc, scc = _sums(tile, span, inv, top, table)
+            more0 = above - (below + above) * np.float32(i) / np.float32(steps - 1)
+            more1 = above - (below + above) * np.float32(i + 1) / np.float32(steps - 1)
+            inv0 = unit * (ZERO - top - more0)
+            sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, unit * (high + more1), top, table)
+        else:
+            sxc, scc = sums(tile, span, quotient(spread(ONE), scale), top, table)
+            sxc1, scc1 = sxc, scc
         s = quotient(sxc, scc)
+        s1 = quotient(sxc1, scc1)
         gain = s * sxc
         better = gain * LEAST > best
         best = where(better, gain, best)
         scale = where(better, s, scale)
         at_cc = where(better, scc, at_cc)
+        gain = s1 * sxc1
+        better = gain * LEAST > best
+        best = where(better, gain, best)
+        scale = where(better, s1, scale)
+        at_cc = where(better, scc1, at_cc)
     store(state[SCALE], k, scale)
     store(state[S_CC], k, at_cc)
 
@@ -137,12 +167,12 @@ def _place(state, shape, d):
 
 
 @inner
-def _seed(state, shape, units, scratch, tries):
+def _seed(state, shape, units, tries):
     """The best of `tries` d; its integers are left in the state. A lone sub-block has the integer 1."""
     n_sub, largest = shape[0], shape[4]
     if n_sub == 1:
         store(state[LS], 0, spread(ONE))
-        return stored(load(state[SCALE], 0), units, scratch)
+        return stored(load(state[SCALE], 0), units)
     widest = spread(ZERO)
     for k in range(n_sub):
         scale = load(state[SCALE], k)
@@ -152,7 +182,7 @@ def _seed(state, shape, units, scratch, tries):
     best = spread(np.float32(np.inf))
     d = spread(ZERO)
     for i in range(tries):
-        d_i = stored(widest / (step * np.float32(i) - largest), units, scratch)
+        d_i = stored(widest / (step * np.float32(i) - largest), units)
         error = _place(state, shape, d_i)
         better = error < best
         best = where(better, error, best)
@@ -168,7 +198,7 @@ def _measure(tile, state, shape, table, d, row):
     total = spread(ZERO)
     for k in range(n_sub):
         s = d * load(state[row], k)
-        error = _errors(tile, (k * sub, k * sub + sub), s, s, top, table)[0]
+        error = errors(tile, (k * sub, k * sub + sub), s, s, top, table)[0]
         store(state[TRIAL], k, error)
         total = total + error
     return total
@@ -187,7 +217,7 @@ def _walk(tile, state, shape, table, d, reach):
         for i in range(0, reach, 2):
             a0 = clip(ls * NEIGHBOURS[i, 0] + NEIGHBOURS[i, 1], ZERO - largest, largest - ONE)
             a1 = clip(ls * NEIGHBOURS[i + 1, 0] + NEIGHBOURS[i + 1, 1], ZERO - largest, largest - ONE)
-            e0, e1 = _errors(tile, span, d * a0, d * a1, top, table)
+            e0, e1 = errors(tile, span, d * a0, d * a1, top, table)
             better = e0 < best
             best = where(better, e0, best)
             best_ls = where(better, a0, best_ls)
@@ -209,7 +239,7 @@ def _refit(tile, state, shape, table, d):
     for k in range(n_sub):
         ls = load(state[LS], k)
         inv = quotient(spread(ONE), d * ls)
-        sxc, scc = _sums(tile, (k * sub, k * sub + sub), inv, top, table)
+        sxc, scc = sums(tile, (k * sub, k * sub + sub), inv, top, table)
         sxc_all = sxc_all + ls * sxc
         scc_all = scc_all + ls * ls * scc
     return quotient(sxc_all, scc_all)
@@ -226,10 +256,9 @@ def _adopt(state, n_sub, better):
 def _round(tile, state, shape, table, units, best, reach):
     """Walk, then refit d if that measures better. best: error, d."""
     total, d = best
-    scratch = np.empty((1, 16), np.float32)
     if shape[0] > 1:
         total = _walk(tile, state, shape, table, d, reach)
-    d_new = stored(_refit(tile, state, shape, table, d), units, scratch)
+    d_new = stored(_refit(tile, state, shape, table, d), units)
     trial = _measure(tile, state, shape, table, d_new, LS)
     better = trial < total
     _adopt(state, shape[0], better)
@@ -240,8 +269,7 @@ def _round(tile, state, shape, table, units, best, reach):
 def _join_reference(tile, state, shape, table, units, best, manner):
     """Take over the reference's integers and d in the lanes where they measure better."""
     total, d = best
-    scratch = np.empty((1, 16), np.float32)
-    d_ref = stored(reference.symmetric(tile, state, shape, table, manner), units, scratch)
+    d_ref = stored(reference.symmetric(tile, state, shape, table, manner), units)
     trial = _measure(tile, state, shape, table, d_ref, REF_LS)
     better = trial < total
     for k in range(shape[0]):
@@ -257,18 +285,17 @@ def search(tile, units, state, shape, table, effort, manner):
     tile: float32 [2, width, 16], weights and their importances. shape: (sub-blocks, weights in one, lowest value
     negated, highest value, lowest integer negated, how far the fan goes below and above the
     plain range). table: see `levels`. effort: 0, 1, 2. manner: how the
-    reference chooses (see `reference.symmetric`), whose first entry is 0 if it is not to join.
+    reference chooses (see `reference.symmetric`).
     """
     steps, before, after, reach, tries = PLANS[effort]
-    scratch = np.empty((1, 16), np.float32)
     for k in range(shape[0]):
         fit_sub(tile, state, k, shape, table, steps)
-    d = _seed(state, shape, units, scratch, tries)
+    d = _seed(state, shape, units, tries)
     total = _measure(tile, state, shape, table, d, LS)
     _adopt(state, shape[0], total >= ZERO)
     best = (total, d)
     for i in range(before + after):
-        if i == before and after > 0 and manner[0] > 0:
+        if i == before and after > 0:
             best = _join_reference(tile, state, shape, table, units, best, manner)
         best = _round(tile, state, shape, table, units, best, reach)
     return best[1]

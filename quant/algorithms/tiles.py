@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from weightsmith.quant.algorithms.lanes import LANES, load, store
-from weightsmith.quant.kernels import bits_of, float_of, half_bits, half_value, inner
+from weightsmith.quant.algorithms.lanes import LANES, eleven_bits, larger, load, store, where
+from weightsmith.quant.kernels import bits_of, float_of, half_bits, inner
 
 TOO_LARGE = np.int32(0x7C00)  # what a kernel returns for weights that are no numbers, or out of reach
+ZERO = np.float32(0.0)
+HALF = np.float32(0.5)
+LEAST_HALF = np.float32(2.0**-24)
+LEAST_NORMAL = np.float32(2.0**-14)
+MOST_HALF = np.float32(65504.0)
+INFINITE = np.float32(np.inf)
 
 
 def reach_bits(largest: float) -> np.int32:
@@ -32,13 +38,14 @@ def fill(rows, first, importance, tiles, units):
     """
     worst = np.int32(0)
     width = rows.shape[1]
+    again = importance.shape[0] == 1 and first > 0  # all tiles of a call have the same importances
     for lane in range(LANES):
         b = first + lane
         top = np.int32(0)
         if b >= rows.shape[0]:
             for e in range(width):
-                tiles[0, e, lane] = np.float32(0.0)
-                tiles[1, e, lane] = np.float32(1.0)
+                tiles[0, e, lane] = ZERO
+                tiles[1, e, lane] = importance[0, e]
         else:
             for e in range(width):
                 top = max(top, np.int32(bits_of(rows[b, e]) & np.int32(0x7FFFFFFF)))
@@ -53,24 +60,27 @@ def fill(rows, first, importance, tiles, units):
             shrink = units[1, lane]
             for e in range(width):
                 tiles[0, e, lane] = rows[b, e] * shrink
-                tiles[1, e, lane] = importance[period, e]
+            if not again:
+                for e in range(width):
+                    tiles[1, e, lane] = importance[period, e]
     return worst
 
 
 @inner
-def stored(v, units, scratch):
+def stored(v, units):
     """What remains of a scale in every lane once it is stored in half precision at its block's true size.
 
     A scale that would round to zero becomes the smallest half instead: with smaller integers it may still serve.
     """
-    store(scratch, 0, v)
-    for lane in range(LANES):
-        true = scratch[0, lane] * units[0, lane]
-        half = half_bits(true)
-        if true != np.float32(0.0) and (half & np.int32(0x7FFF)) == np.int32(0):
-            half = np.int32(half | np.int32(1))
-        scratch[0, lane] = half_value(half) * units[1, lane]
-    return load(scratch, 0)
+    true = v * load(units, 0)
+    size = larger(true, ZERO - true)
+    small = (size + HALF) - HALF  # the last place of 0.5 is the smallest half
+    small = where(small == ZERO, LEAST_HALF, small)
+    normal = eleven_bits(size)
+    normal = where(normal > MOST_HALF, INFINITE, normal)
+    half = where(size < LEAST_NORMAL, small, normal)
+    half = where(size == ZERO, ZERO, half)
+    return where(true < ZERO, ZERO - half, half) * load(units, 1)
 
 
 @inner

@@ -34,7 +34,7 @@ def _encode(x, importance, out, effort, guided):
     state = np.empty((N_STATE, 1, LANES), np.float32)
     codes = np.empty((32, LANES), np.uint8)
     half = np.empty(LANES, np.int32)
-    manner = (1 if guided else 3, 7, np.float32(1.0), np.float32(1.0), 0)
+    manner = (1 if guided else 3, 7, np.float32(-1.0), np.float32(1.0), 0)
     worst = np.int32(0)
     for first in range(0, x.shape[0], LANES):
         if fill(x, first, importance, tile, units) > _REACH:

@@ -22,7 +22,7 @@ from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, 
 from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = asymmetric.ARITHMETIC_VERSION
-_SHAPE = (16, 16, np.float32(3.0), np.float32(15.0), np.float32(1.2), 0, np.float32(0.0))
+_SHAPE = (16, 16, np.float32(3.0), np.float32(15.0), np.float32(1.2), 16, np.float32(-0.5))
 _REACH = reach_bits(15.0)
 LATTICE = Shape(256, 16, 3, 0, (0, 15), (0, 15))
 

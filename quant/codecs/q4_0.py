@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
 """Q4_0: 32 weights share a half-precision scale d; each is a code q of 0..15 around 8.
 
     18 bytes: d (f16) | 16 bytes of nibbles (low: weight j, high: weight j + 16)         w = d * (q - 8)
@@ -13,7 +14,11 @@ Ref: ggml-quants.c, quantize_row_q4_0_ref and dequantize_row_q4_0.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from weightsmith.quant.algorithms import lone, weighted
+from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
 from weightsmith.quant.extremes import first_largest
 from weightsmith.quant.kernels import (
     DECODE,
@@ -29,10 +34,13 @@ from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, 
 from weightsmith.types import Packed, Rows
 
 LATTICE = Shape(32, 32, 15, 8)
+ARITHMETIC_VERSION = lone.ARITHMETIC_VERSION
+_SHAPE = (1, 32, np.float32(8.0), np.float32(7.0), np.float32(1.0), np.float32(1.0), np.float32(2.0))
+_REACH = reach_bits(8.0)
 
 
 @kernel(ENCODE)
-def _encode(x, out):  # type: ignore[no-untyped-def]
+def _encode(x, out):
     side = x.shape[1] // 2
     worst = np.int32(0)
     for b in range(x.shape[0]):
@@ -49,8 +57,34 @@ def _encode(x, out):  # type: ignore[no-untyped-def]
     return worst
 
 
+@kernel(weighted.SEARCH)
+def _search(x, importance, out, effort, guided):
+    tile, weights = np.empty((2, 32, LANES), np.float32), np.empty((32, LANES), np.float32)
+    units, state = np.empty((2, LANES), np.float32), np.empty((lone.N_STATE, 1, LANES), np.float32)
+    codes, half = np.empty((32, LANES), np.uint8), np.empty(LANES, np.int32)
+    means, cache = np.empty((1, LANES), np.float32), np.empty(1, np.float32)
+    chosen = lone.PLANS[lone.plan(effort, guided)]
+    worst = np.int32(0)
+    for first in range(0, x.shape[0], LANES):
+        if fill(x, first, importance, tile, units) > _REACH:
+            return TOO_LARGE
+        if guided:
+            lone.row_means(x, first, importance.shape[0], units, cache, means)
+        ref = lone.reference_scale(tile, means, weights, _SHAPE, guided)
+        d = lone.search_scale(tile, units, state, _SHAPE, chosen, ref)
+        lone.scale_codes(tile, d, _SHAPE[2], codes)
+        worst = max(worst, halves(d, units, half))
+        for lane in range(min(LANES, x.shape[0] - first)):
+            row = out[first + lane]
+            row[0] = half[lane] & 0xFF
+            row[1] = half[lane] >> 8
+            for j in range(16):
+                row[2 + j] = codes[j, lane] | codes[16 + j, lane] << 4
+    return worst
+
+
 @kernel(DECODE)
-def _decode(packed, out):  # type: ignore[no-untyped-def]
+def _decode(packed, out):
     side = out.shape[1] // 2
     for b in range(packed.shape[0]):
         d = half_value(np.int32(packed[b, 0] | np.int32(packed[b, 1]) << 8))
@@ -60,9 +94,14 @@ def _decode(packed, out):  # type: ignore[no-untyped-def]
             out[b, j + side] = np.float32(d * np.float32(np.int32((pair >> np.int32(4)) - np.int32(8))))
 
 
-def encode(rows: Rows) -> Packed:
-    """Pack float32 [rows, row_len]; IntegrityError for NaN or Inf, UnsupportedError beyond 8 * 65504."""
-    return encode_blocks("Q4_0", _encode, rows)
+def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast (plain rounding), normal or best.
+
+    Raises IntegrityError for NaN or Inf, UnsupportedError if d leaves F16's range.
+    """
+    if effort == "fast":
+        return encode_blocks("Q4_0", _encode, rows)
+    return weighted.encode("Q4_0", _search, rows, importance=importance, effort=effort)
 
 
 def decode(packed: Packed, row_len: int) -> Rows:

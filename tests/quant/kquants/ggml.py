@@ -14,7 +14,8 @@ import pytest
 
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
 
-CODECS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+LONE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+CODECS = (*LONE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 ROW = 1024
 
 

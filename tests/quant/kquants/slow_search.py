@@ -193,24 +193,27 @@ def signed_cost(b, k, s, low, table):  # type: ignore[no-untyped-def]
     return total(b.w[e] * errors[e] * errors[e] for e in b.subs[k])
 
 
+def signed_fan(b, k, low, high, below, above, steps, table):  # type: ignore[no-untyped-def]
+    """The best of a fan of real scales, and the curve of the error around it."""
+    smallest = np.minimum.reduce([b.x[e] for e in b.subs[k]])
+    greatest = np.maximum.reduce([b.x[e] for e in b.subs[k]])
+    unit = over(np.ones_like(greatest), np.where(greatest > -smallest, greatest, smallest))
+    s = gain = curve = np.zeros_like(unit)
+    for i in range(steps + 1):
+        more = F(above) - (F(below) + F(above)) * F(i) / F(steps - 1)
+        inv = unit * ((-F(low) - more) if i % 2 == 0 else (F(high) + more))
+        sxc, scc = signed_sums(b, k, inv if i < steps else over(np.ones_like(s), s), low, table)
+        s1 = over(sxc, scc)
+        better = s1 * sxc * F(1 - 2.0**-22) > gain
+        s, gain, curve = np.where(better, s1, s), np.where(better, s1 * sxc, gain), np.where(better, scc, curve)
+    return s, curve
+
+
 def symmetric(x, importance, *, sub, low, high, largest, below, above, effort):  # type: ignore[no-untyped-def]
     """d, s and values c of super-blocks [n, width], without ggml's choice; low 127 means the table."""
-    steps, rounds, moves, tries = ((10, 1, 4, 17), (18, 1, 8, 33), (64, 6, 14, 65))[effort]
+    steps, rounds, moves, tries = ((10, 1, 4, 17), (16, 1, 4, 17), (64, 6, 14, 65))[effort]
     b, table = Blocks(x, importance, sub, mirrored=False), low == 127
-    fits = []
-    for k in range(len(b.subs)):
-        smallest = np.minimum.reduce([b.x[e] for e in b.subs[k]])
-        greatest = np.maximum.reduce([b.x[e] for e in b.subs[k]])
-        unit = over(np.ones_like(greatest), np.where(greatest > -smallest, greatest, smallest))
-        s = gain = curve = np.zeros_like(unit)
-        for i in range(steps + 1):
-            more = F(above) - (F(below) + F(above)) * F(i) / F(steps - 1)
-            inv = unit * ((-F(low) - more) if i % 2 == 0 else (F(high) + more))
-            sxc, scc = signed_sums(b, k, inv if i < steps else over(np.ones_like(s), s), low, table)
-            s1 = over(sxc, scc)
-            better = s1 * sxc * F(1 - 2.0**-22) > gain
-            s, gain, curve = np.where(better, s1, s), np.where(better, s1 * sxc, gain), np.where(better, scc, curve)
-        fits.append((s, curve))
+    fits = [signed_fan(b, k, low, high, below, above, steps, table) for k in range(len(b.subs))]
     d, ls = signed_seed(b, fits, largest, tries)
     for _ in range(rounds):
         errors = [signed_cost(b, k, d * ls[k], low, table) for k in range(len(b.subs))]
@@ -258,3 +261,50 @@ def signed_seed(b, fits, largest, tries):  # type: ignore[no-untyped-def]
         better = error < least
         d, least = np.where(better, d1, d), np.where(better, error, least)
     return d, near(d)[0]
+
+
+# --- lone blocks: w = d * q or w = d * q + m ---
+
+
+def lone(x, form, *, best):  # type: ignore[no-untyped-def]
+    """d, m, q of blocks [n, 32] without an imatrix, ggml's plain rounding among the choices."""
+    steps, rounds = (64, 4) if best else (8, 1)
+    ones = np.ones_like(x)
+    return lone_scale(x, ones, form, steps, rounds) if len(form) == 3 else lone_line(x, ones, form, steps, rounds)
+
+
+def lone_scale(x, ones, form, steps, rounds):  # type: ignore[no-untyped-def]
+    low, below, above = form
+    b = Blocks(x, ones, 32, mirrored=False)
+    d = b.half(signed_fan(b, 0, low, low - 1, below, above, steps, False)[0])
+    first = np.abs(x).argmax(1)
+    plain = b.half((x[np.arange(len(x)), first] / b.unit) / F(-low))
+    error, trial = signed_cost(b, 0, d, low, False), signed_cost(b, 0, plain, low, False)
+    d, error = np.where(trial < error, plain, d), np.minimum(trial, error)
+    for _ in range(rounds):
+        d1 = b.half(over(*signed_sums(b, 0, over(np.ones_like(d), d), low, False)))
+        trial = signed_cost(b, 0, d1, low, False)
+        d, error = np.where(trial < error, d1, d), np.minimum(trial, error)
+    inv = over(np.ones_like(d), d)
+    return d * b.unit, np.zeros_like(d), np.stack([value(b.x[e] * inv, low, False) for e in range(32)], 1)
+
+
+def lone_line(x, ones, form, steps, rounds):  # type: ignore[no-untyped-def]
+    top, reach = form
+    b = Blocks(x, ones, 32, mirrored=True)
+    s, m, _sq, _sqq, sx, sw = best_of_fan(b, 0, top, reach, steps)
+    d, m = b.half(s), b.half(m)
+    size = np.abs(b.unit)
+    plain, bottom = (x.max(1) / size - x.min(1) / size) / F(top), x.min(1) / size
+    plain, bottom = (b.half(v * np.sign(b.unit)) for v in (plain, bottom))
+    error, trial = cost(b, 0, d, m, top), cost(b, 0, plain, bottom, top)
+    better = trial < error
+    d, m, error = np.where(better, plain, d), np.where(better, bottom, m), np.minimum(trial, error)
+    for _ in range(rounds):
+        s1, m1, _ = line(b, 0, codes(b, 0, d, m, top), sx, sw)
+        d1, m1 = b.half(s1), b.half(m1)
+        trial = cost(b, 0, d1, m1, top)
+        better = trial < error
+        d, m, error = np.where(better, d1, d), np.where(better, m1, m), np.minimum(trial, error)
+    q = codes(b, 0, d, m, top)
+    return d * b.unit, m * b.unit, np.stack([q[e] for e in range(32)], 1)

@@ -12,6 +12,10 @@ from weightsmith.quant import codecs
 from weightsmith.quant.blocks import BLOCKS
 
 HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q4_K": (0, 2),

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 # How the reference chooses, with an imatrix and without; as in the codecs.
 TENTH, LESS, MORE = np.float32(0.1), np.float32(-1.0), np.float32(1.0)
 MANNERS = {
-    "Q3_K": ((1, 9, TENTH, LESS, 1), None),
+    "Q3_K": ((1, 9, TENTH, LESS, 1), (4, 9, TENTH, LESS, 0)),
     "Q6_K": ((2, 9, TENTH, LESS, 0), (3, 9, TENTH, LESS, 0)),
-    "IQ4_XS": ((1, 7, MORE, MORE, 0), (3, 7, MORE, MORE, 0)),
-    "IQ4_NL": ((1, 7, MORE, MORE, 0), (3, 7, MORE, MORE, 0)),
+    "IQ4_XS": ((1, 7, LESS, MORE, 0), (3, 7, LESS, MORE, 0)),
+    "IQ4_NL": ((1, 7, LESS, MORE, 0), (3, 7, LESS, MORE, 0)),
 }
 
 
@@ -34,7 +34,7 @@ def choose_asymmetric(rows, importance, shape, guided, out):  # type: ignore[no-
     for first in range(0, rows.shape[0], 16):
         fill(rows, first, importance, tile, units)
         d, dmin = reference.asymmetric(tile, state, shape, guided)
-        d, dmin = stored(d, units, scratch), stored(dmin, units, scratch)
+        d, dmin = stored(d, units), stored(dmin, units)
         for k in range(n_sub):
             scale, offset = d * load(state[asymmetric.REF_LS], k), dmin * load(state[asymmetric.REF_LM], k)
             inv = quotient(spread(np.float32(1.0)), scale)
@@ -52,7 +52,7 @@ def choose_symmetric(rows, importance, shape, table, manner, out):  # type: igno
     state, scratch = np.empty((symmetric.N_STATE, n_sub, 16), np.float32), np.empty((256, 16), np.float32)
     for first in range(0, rows.shape[0], 16):
         fill(rows, first, importance, tile, units)
-        d = stored(reference.symmetric(tile, state, shape, table, manner), units, scratch)
+        d = stored(reference.symmetric(tile, state, shape, table, manner), units)
         for k in range(n_sub):
             scale = d * load(state[symmetric.REF_LS], k)
             inv = quotient(spread(np.float32(1.0)), scale)
@@ -80,16 +80,12 @@ def agreement(codec: str, guided: bool) -> float:
     return float((np.abs(ours - theirs) <= 1e-5 * size).all(1).mean())
 
 
-# Near-ties are judged by closed formulas here and by summed errors in ggml, and with 31 codes there are more of them;
-# ggml takes IQ4_XS codes for the d before it is rounded to half, so single codes differ where the choice does not.
-EXPECTED = {"Q5_K": 0.85, "IQ4_XS": 0.75}
+# ggml takes IQ4 codes for the scale before it is rounded to half, so single codes differ where the choice does not.
+EXPECTED = {"IQ4_XS": 0.75, "IQ4_NL": 0.9}
+SUPER = [codec for codec in ggml.CODECS if codec not in ggml.LONE]
 
 
-@pytest.mark.parametrize("codec", ggml.CODECS)
-def test_with_an_imatrix(codec: str) -> None:
-    assert agreement(codec, True) > EXPECTED.get(codec, 0.95)
-
-
-@pytest.mark.parametrize("codec", ["Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
-def test_without_an_imatrix(codec: str) -> None:
-    assert agreement(codec, False) > EXPECTED.get(codec, 0.95)
+@pytest.mark.parametrize("codec", SUPER)
+@pytest.mark.parametrize("guided", [False, True])
+def test_our_version_of_ggmls_choice_is_ggmls(codec: str, guided: bool) -> None:
+    assert agreement(codec, guided) >= EXPECTED.get(codec, 0.99)

@@ -23,7 +23,9 @@ SYMMETRIC = {
     "IQ4_XS": {"sub": 32, "low": 127, "high": 113, "largest": 32, "below": 25.0, "above": 25.0},
 }
 # At normal effort ggml's choice joins in the other codecs, which the slow search does not know (test_k_reference).
-CASES = [(codec, "fast") for codec in ggml.CODECS] + [("Q2_K", "normal"), ("Q3_K", "normal")]
+CASES = [(codec, "fast") for codec in ggml.CODECS if codec not in ggml.LONE] + [("Q2_K", "normal")]
+CASES += [(codec, effort) for codec in ggml.LONE for effort in ("normal", "best")]
+LONE = {"Q4_0": (8, 1.0, 2.0), "Q5_0": (16, 1.0, 3.0), "Q4_1": (15, 1.8), "Q5_1": (31, 3.0)}
 
 
 def sample() -> np.ndarray:
@@ -42,6 +44,9 @@ def slow(codec: str, x: np.ndarray, effort: int) -> np.ndarray:
     """Weights as the slow search leaves them."""
     blocks = x.reshape(-1, BLOCKS[codec].weights)
     ones = np.ones_like(blocks)
+    if codec in LONE:
+        d, m, q = slow_search.lone(blocks, LONE[codec], best=effort == 2)
+        return (d[:, None] * q + m[:, None]).reshape(x.shape)
     if codec in ASYMMETRIC:
         d, dmin, s, m, q = slow_search.asymmetric(blocks, ones, effort=effort, **ASYMMETRIC[codec])
         wide = ASYMMETRIC[codec]["sub"]
