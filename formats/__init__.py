@@ -10,8 +10,9 @@ A container is found by listing this folder: any subpackage that has `sniff`. Ea
   passes on what only its own container has, `file_type` is the plan's, `notes` say where the result comes from, `keep`
   takes over what an unfinished run of the same work left.
 
-One that is only read (a vendor's original form) has no `TYPES`, `plan` and `create`. One whose weights may be pickled
-says `PICKLED = True`, and its `open_reader` takes `allow_pickle`.
+One whose writer honours `keep` says `RESUMES = True`. One that is only read (a vendor's original form) has no `TYPES`,
+`plan` and `create`. One whose weights may be pickled says `PICKLED = True`, and its `open_reader` takes `allow_pickle`.
+`ALIASES` are targets by themselves (`--to nf4`), each one of its types.
 """
 
 from __future__ import annotations

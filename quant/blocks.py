@@ -1,8 +1,8 @@
 """Block layouts as data: how many weights share a block and how many bytes it takes.
 
 The names and ids are ggml's (ggml.h, enum ggml_type; block structs in ggml-common.h), to which safetensors' plain
-dtypes are added with id -1. Everything that only needs sizes (`show`, plans, dry runs) imports this file and nothing
-heavier.
+dtypes and bitsandbytes' two blocks are added with id -1. Everything that only needs sizes (`show`, plans, dry runs)
+imports this file and nothing heavier.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ _GGML = (
     ("Q1_0", 41, 128, 2 + 16),
     ("Q2_0", 42, 64, 2 + 16),
 )
+# bitsandbytes' blocks of 64, with absmax beside the nibbles (`quant.float4`).
+_FLOAT4 = (("NF4", 64, 4 + 32), ("FP4", 64, 4 + 32))
 _PLAIN = (("BOOL", 1), ("U8", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("U16", 2), ("U32", 4), ("U64", 8))
 
 BLOCKS = {name: Block(name, id_, weights, nbytes) for name, id_, weights, nbytes in _GGML} | {
-    name: Block(name, -1, 1, nbytes) for name, nbytes in _PLAIN
+    name: Block(name, -1, weights, nbytes)
+    for name, weights, nbytes in (*_FLOAT4, *((name, 1, n) for name, n in _PLAIN))
 }
 BY_ID = {block.id: block for block in BLOCKS.values() if block.id >= 0}
 

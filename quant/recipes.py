@@ -222,19 +222,20 @@ def assign(
     Raises what `choose` raises, UnsupportedError for a codec that cannot be written, and UsageError for a type that
     is worthless without an imatrix.
     """
+    known = [name for name in codecs.writable() if BLOCKS[name].id >= 0]
     asked = [codec for _, codec in recipe.overrides]
     for codec in (*asked, recipe.output_type, recipe.embedding_type):
-        if codec is not None and codec not in codecs.writable():
+        if codec is not None and codec not in known:
             raise UnsupportedError(
-                f"{codec!r} cannot be written, but was asked for", hint=f"Writable: {', '.join(codecs.writable())}."
+                f"{codec!r} cannot be written, but was asked for", hint=f"Writable: {', '.join(known)}."
             )
     chosen = choose(shapes, recipe, tied=tied, traits=traits, aliases=aliases)
-    missing = {got.codec: name for name, got in reversed(chosen.items()) if got.codec not in codecs.writable()}
+    missing = {got.codec: name for name, got in reversed(chosen.items()) if got.codec not in known}
     if missing:
         raise UnsupportedError(
             f"{recipe.type} needs {' and '.join(sorted(missing))}, which cannot be written",
             tensor=missing[min(missing)],
-            hint=f"Writable: {', '.join(codecs.writable())}.",
+            hint=f"Writable: {', '.join(known)}.",
         )
     for name, got in chosen.items():
         blind = recipe.type == "Q2_K_S" and got.codec == "Q2_K" and not recipe.imatrix

@@ -28,10 +28,10 @@ from weightsmith.formats import archs, imatrix
 from weightsmith.formats.imatrix import Imatrix
 from weightsmith.journal import Journal
 from weightsmith.quant import ARITHMETIC_VERSION
-from weightsmith.quant.blocks import BLOCKS
+from weightsmith.quant.blocks import BLOCKS, row_nbytes
 from weightsmith.quant.loss import Loss
-from weightsmith.transcode import Work, compare, transcode
-from weightsmith.types import Plan, Reader, Recipe, TensorInfo, Writer
+from weightsmith.transcode import Codes, Work, compare, transcode
+from weightsmith.types import BlockSource, Plan, Reader, Recipe, TensorInfo, Writer
 
 if TYPE_CHECKING:
     from weightsmith.evals.calibration.encoded import Encoded
@@ -50,6 +50,9 @@ class Target:
     def parse(cls, text: str, *, default_type: str | None = None) -> Target:
         """Read "gguf", "gguf:Q8_0", "safetensors:BF16", "gptq:4"; UsageError names what is known."""
         name, _, kind = text.partition(":")
+        for container, package in formats.targets().items():
+            if not kind and name.lower() in getattr(package, "ALIASES", {}):
+                name, kind = container, package.ALIASES[name.lower()]
         known = {name: package.TYPES for name, package in formats.targets().items()} | PACKED
         if name not in known:
             raise UsageError(f"unknown target {name!r}", hint=f"Known targets: {', '.join(known)}.")
@@ -57,6 +60,11 @@ class Target:
         if kind and kind not in known[name]:
             raise UsageError(f"{name} has no type {kind!r}", hint=f"Known types: {', '.join(known[name])}.")
         return cls(name, kind or default_type)
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether the type is one block layout, not a mix of several and no float."""
+        return self.type in BLOCKS and BLOCKS[self.type].weights > 1
 
     def __str__(self) -> str:
         return f"{self.container}:{self.type}" if self.type else self.container
@@ -71,7 +79,8 @@ class Options:
     noted in the result. imatrix: file of importances to quantize by. calibration: text to measure importances on, or
     to quantize by. effort: how hard to search. allow_pickle: read
     pickled weights, without running anything in them. strict: a tensor whose
-    rows do not fit the type is an error. recipe: its type is the target's.
+    rows do not fit the type is an error. keep_rest: of a packed checkpoint only the packed linears become blocks, the
+    rest keeps its precision. recipe: its type is the target's.
     """
 
     pre: str | None = None
@@ -85,6 +94,7 @@ class Options:
     effort: str = "normal"
     allow_pickle: bool = False
     calibration: Calibration | None = None
+    keep_rest: bool = False
     recipe: Recipe = field(default_factory=Recipe)
 
     def record(self) -> dict[str, Any]:
@@ -95,6 +105,7 @@ class Options:
         kept |= {"overrides": [list(pair) for pair in recipe.overrides]}
         kept |= {"calibration": self.calibration.record() if self.calibration else None}
         kept |= {"effort": self.effort if self.effort != "normal" else None}
+        kept |= {"keep_rest": self.keep_rest}
         return {name: value for name, value in kept.items() if value}
 
     def notes(self, target: Target, imatrix: Imatrix | None) -> dict[str, str]:
@@ -115,6 +126,7 @@ class Report:
     notes: where it comes from, as the file itself says it. weights: of the model, where tensors hold packed words.
     errors: weighted relative error (`quant.loss`) of every tensor that was packed into blocks, by canonical name; with
     error feedback the share of its output's energy that was lost.
+    codes: what became of a packed source's codes. stored: bytes of tensor data, where they are not those of `tensors`.
     """
 
     path: Path
@@ -125,11 +137,13 @@ class Report:
     notes: Mapping[str, str] = field(default_factory=dict)
     weights: int | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    codes: Codes = field(default_factory=Codes)
+    stored: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
-        return sum(info.nbytes for info in self.tensors)
+        return self.stored if self.stored is not None else sum(info.nbytes for info in self.tensors)
 
     @property
     def bpw(self) -> float:
@@ -194,7 +208,8 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
         importances = _importances(matrix, reader, planned) if matrix is not None else {}
         if made is not None:
             importances = made.importances
-        journal = _journal(output, planned, notes, reader, options)
+        resumes = getattr(container, "RESUMES", False)
+        journal = _journal(output, planned, notes, reader, options) if resumes else None
         try:
             writer = container.create(
                 output,
@@ -223,7 +238,9 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
         reader.close()
     seconds = time.monotonic() - begun
     errors = _errors(work) | (made.losses if made is not None else {})
-    return Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes, errors=errors)
+    report = Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes)
+    stored: int | None = getattr(writer, "stored_bytes", None)
+    return replace(report, errors=errors, codes=work.codes, stored=stored)
 
 
 def _encoded(reader: Reader, output: Path, planned: Plan, options: Options) -> Encoded | None:
@@ -366,6 +383,8 @@ def _planned(reader: Reader, target: Target, options: Options) -> Plan:
         options.recipe, type=target.type, imatrix=options.imatrix is not None or options.calibration is not None
     )
     planned: Plan = formats.containers()[target.container].plan(reader, recipe)
+    if options.keep_rest and target.is_blocks:
+        planned = _keeping(planned, reader, str(target.type))
     if planned.fallbacks and options.strict:
         name, wanted, got = planned.fallbacks[0]
         raise UnsupportedError(
@@ -376,3 +395,21 @@ def _planned(reader: Reader, target: Target, options: Options) -> Plan:
             hint="Leave --strict out to accept that, or choose another type.",
         )
     return planned
+
+
+def _keeping(planned: Plan, reader: Reader, codec: str) -> Plan:
+    """The plan with blocks for linears whose codes they can take over, and everything else in the type it has."""
+    if not isinstance(reader, BlockSource):
+        return planned
+    fit = {info.name: reader.block_codecs(info.name) for info in planned.tensors}
+    if not any(codec in (known or ()) for known in fit.values()):
+        return planned
+    sources, kept = reader.infos(), []
+    for info in planned.tensors:
+        known, got = fit[info.name], info.codec
+        if known is not None:
+            got = codec if codec in known else got
+        elif BLOCKS[got].weights > 1:
+            got = sources[info.name].codec
+        kept.append(replace(info, codec=got, nbytes=info.n_rows * row_nbytes(got, info.row_len)))
+    return replace(planned, tensors=kept, fallbacks=[])

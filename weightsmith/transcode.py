@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,11 +23,22 @@ from weightsmith.progress import progress
 from weightsmith.quant import codecs, loss
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.quant.loss import Loss
-from weightsmith.types import Packed, Reader, TensorInfo, Writer
+from weightsmith.types import BlockSource, Packed, Reader, TensorInfo, Writer
 
 SLAB_WEIGHTS = 2 * 1024 * 1024  # 8 MiB as float32
 _REPORT = "The disk or the program is at fault; the output was removed. Try again, and report it if it happens again."
 _BYTES_PER_WEIGHT = 16  # of a slab under way: stored, as float32, what the search works on, packed
+
+
+@dataclass(slots=True)
+class Codes:
+    """What became of the codes of packed linears that were to be blocks. taken: tensors whose codes were taken over,
+    requantized: those of which some rows were not; error: the largest one of a weight that was taken over."""
+
+    taken: set[str] = field(default_factory=set)
+    requantized: set[str] = field(default_factory=set)
+    error: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class Work:
     losses: filled with what every slab lost that was packed into blocks, by its key. sums: filled with the slabs that
     were written and a checksum of each.
     made(name, start, stop): packed rows that calibration has encoded already, None if it has not.
+    codes: filled with what became of a packed source's codes.
     """
 
     threads: int | None = None
@@ -47,6 +60,7 @@ class Work:
     losses: dict[Key, Loss] = field(default_factory=dict)
     sums: dict[Key, tuple[Slab, int]] = field(default_factory=dict)
     made: Callable[[str, int, int], Packed | None] | None = None
+    codes: Codes = field(default_factory=Codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +131,11 @@ def _slabs(reader: Reader, writer: Writer, weights: int) -> Iterator[Slab]:
 
 def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     """Carry one slab; return the bytes written."""
+    taken = _take(reader, slab, work) if work.made is None else None
+    if taken is not None:
+        work.sums[slab.key] = slab, zlib.crc32(taken.data)
+        writer.write(slab.target, slab.start, taken)
+        return taken.nbytes
     journal = work.journal
     known = journal.known.get(slab.key) if journal is not None else None
     if known is not None and writer.holds(slab.target, slab.start, slab.stop, known.sha256):
@@ -143,20 +162,40 @@ def _recoded(reader: Reader, slab: Slab, work: Work) -> Packed:
         raise
 
 
+def _take(reader: Reader, slab: Slab, work: Work) -> Packed | None:
+    """The slab's codes as blocks of the target, without requantizing, if the source has such and they fit."""
+    name, codes = slab.target.name, work.codes
+    if not slab.is_costly or not isinstance(reader, BlockSource) or reader.block_codecs(name) is None:
+        return None
+    found = reader.blocks(name, slab.target.codec, slab.start, slab.stop)
+    with codes.lock:
+        if found is None:
+            codes.requantized.add(name)
+            return None
+        codes.taken.add(name)
+        codes.error = max(codes.error, found[1])
+    if found[1] == 0:
+        work.losses[slab.key] = Loss()
+    return found[0]
+
+
 def compare(reader: Reader, work: Work) -> None:
     """Read back every slab that was written, from what was made of them; IntegrityError names one that differs.
 
-    Slabs of an earlier run were read and compared when this run took them over.
+    Slabs of an earlier run were read and compared when this run took them over. Of packed linears the blocks are
+    compared, unless they were stored in another form (double quantization).
     """
     infos = reader.infos()
 
     def same(found: tuple[Slab, int]) -> int:
         slab, wanted = found
         info = infos.get(slab.target.name)
-        if info is None or (info.shape, info.codec) != (slab.target.shape, slab.target.codec):
+        packed = isinstance(reader, BlockSource) and reader.block_codecs(slab.target.name) is not None
+        if info is None or info.shape != slab.target.shape or not (packed or info.codec == slab.target.codec):
             what = "is absent" if info is None else f"is {list(info.shape)} in {info.codec}"
             raise IntegrityError(f"{what} after writing", path=reader.path, tensor=slab.target.name, hint=_REPORT)
-        if zlib.crc32(reader.rows(info.name, slab.start, slab.stop).data) != wanted:
+        rows = _stored(reader, slab) if packed else reader.rows(info.name, slab.start, slab.stop)
+        if rows is not None and zlib.crc32(rows.data) != wanted:
             what = f"rows {slab.start} to {slab.stop} are not what was written"
             raise IntegrityError(what, path=reader.path, tensor=info.name, hint=_REPORT)
         return (slab.stop - slab.start) * info.row_bytes
@@ -165,6 +204,14 @@ def compare(reader: Reader, work: Work) -> None:
     with progress("read back", total) as ticker, ThreadPoolExecutor(work.threads or default_threads()) as pool:
         for nbytes in pool.map(same, work.sums.values()):
             ticker.update(nbytes)
+
+
+def _stored(reader: Reader, slab: Slab) -> Packed | None:
+    """The blocks of a packed linear as they were written, None if they were stored in another form."""
+    if not isinstance(reader, BlockSource):
+        return None
+    found = reader.blocks(slab.target.name, slab.target.codec, slab.start, slab.stop)
+    return found[0] if found is not None else None
 
 
 def recode(rows: Packed, slab: Slab, work: Work) -> Packed:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,8 +150,8 @@ class Recipe:
 class Plan:
     """Canonical tensors with their target codecs, in the order of writing.
 
-    fallbacks: (tensor, wanted codec, got codec) where a row is no multiple of the wanted codec's block. file_type:
-    GGUF's number of the type that was asked for (Q4_K_S and Q4_K_M share most codecs), None if there is none.
+    fallbacks: (tensor, wanted codec, got codec) where a row is no multiple of the wanted codec's block. file_type: the
+    container's number of the type that was asked for, where codecs do not tell (Q4_K_S and Q4_K_M share most).
     """
 
     tensors: list[TensorInfo]
@@ -224,6 +224,17 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Release file handles."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A Reader of packed linears, whose codes some block layouts can take over without rounding a weight again."""
+
+    def block_codecs(self, name: str) -> tuple[str, ...] | None:
+        """Block layouts that may hold the codes of a canonical tensor; None for one that is not packed."""
+
+    def blocks(self, name: str, codec: str, start: int, stop: int) -> tuple[Packed, float] | None:
+        """Rows [start, stop) as blocks of `codec` and the largest error of a weight; None where they do not fit."""
 
 
 class Writer(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from weightsmith.atomic import AtomicFile, disk_errors, write_text
 from weightsmith.errors import IntegrityError, OutputExistsError
-from weightsmith.formats.gptq.packed_reader import Layout
+from weightsmith.formats.gptq.columns import Layout
 from weightsmith.formats.safetensors.header import lay_out, read_header
 from weightsmith.formats.safetensors.strictjson import open_regular
 from weightsmith.quant.blocks import row_nbytes

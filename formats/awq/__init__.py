@@ -1,7 +1,7 @@
 """AWQ checkpoints as AutoAWQ writes them ("gemm"): a safetensors folder with 4-bit linears, packed along out.
 
-`layout` knows their settings, tensors and weights; the folder itself is read and written by `formats.gptq`'s
-packed_reader and packed_writer. The activation-aware scaling is already part of the stored weights and norms, so
+`layout` knows their settings, tensors and weights; the folder itself is read by `formats.packed` and written by
+`formats.gptq.packed_writer`. The activation-aware scaling is already part of the stored weights and norms, so
 reading needs nothing of it. Weights are handed out as F32, which holds them exactly; nothing is transcoded into this
 container (so it has no `plan`): its codes come from `weightsmith.evals.calibration`.
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.formats.awq.layout import Layout, parse
-from weightsmith.formats.gptq.packed_reader import PackedReader, method_of
+from weightsmith.formats.gptq.columns import ByColumns
+from weightsmith.formats.packed.reader import PackedReader
+from weightsmith.formats.packed.settings import method_of
 
 NAME = "awq"
 
@@ -23,4 +25,4 @@ def sniff(path: Path) -> bool:
 
 def open_reader(path: Path) -> PackedReader:
     """Open a folder; reads and checks headers only. See `PackedReader` for what it raises."""
-    return PackedReader(path, NAME, lambda raw, where: Layout(parse(raw, path=where)))
+    return PackedReader(path, NAME, lambda raw, where: ByColumns(Layout(parse(raw, path=where))))

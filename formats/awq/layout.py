@@ -31,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, UnsupportedError
-from weightsmith.formats.gptq.layout import Load, Part
+from weightsmith.formats.gptq.columns import Load
+from weightsmith.formats.packed.parts import FLOATS, Part
+from weightsmith.quant.steps import Lattice
 from weightsmith.types import Rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -104,6 +106,16 @@ class Layout:
 
     settings: Settings
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group, -1 for all."""
+        return self.settings.group_size
+
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
         """Stored tensors by suffix for a linear (out, in); UnsupportedError where it cannot be packed."""
         out, columns = shape
@@ -116,21 +128,23 @@ class Layout:
         return {
             "qweight": Part((columns, out // 8), ("I32",)),
             "qzeros": Part((groups, out // 8), ("I32",)),
-            "scales": Part((groups, out), ("F16", "BF16", "F32")),
+            "scales": Part((groups, out), FLOATS),
         }
 
     def rows(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Rows:
         """Weights float32 [stop - start, in]."""
+        return self.lattice(load, shape, start, stop, has_index=has_index).weights()
+
+    def lattice(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice:
+        """Codes of rows [start, stop)."""
         del has_index
         size = shape[1] if self.settings.group_size == -1 else self.settings.group_size
         begin, end = start // 8, -(-stop // 8)
         here = slice(start - 8 * begin, stop - 8 * begin)
-        steps = unpack(load("qweight", begin, end).view(np.uint32))[:, here].astype(np.float32)
-        zeros = unpack(load("qzeros", begin, end).view(np.uint32))[:, here].astype(np.float32)
+        codes = unpack(load("qweight", begin, end).view(np.uint32))[:, here]
+        zeros = unpack(load("qzeros", begin, end).view(np.uint32))[:, here].astype(np.int16)
         scales = load("scales", start, stop).astype(np.float32)
-        steps -= zeros.repeat(size, axis=0)
-        steps *= scales.repeat(size, axis=0)
-        return np.ascontiguousarray(steps.T)
+        return Lattice.transposed(codes, scales, zeros, size)
 
     def store(self, linear: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Stored tensors by suffix for codes uint8 [out, in], scales float [out, groups], zeros [out, groups].

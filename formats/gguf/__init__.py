@@ -28,6 +28,7 @@ from weightsmith.types import Plan, Reader, Recipe, TensorInfo
 __all__ = ["NAME", "TYPES", "GgufReader", "GgufWriter", "create", "open_reader", "plan", "sniff"]
 
 NAME = "gguf"
+RESUMES = True  # its writer takes over what an unfinished run left
 
 
 def sniff(path: Path) -> bool:

@@ -4,7 +4,8 @@
 |---|---|
 | settings | quantization_config and quantize_config.json |
 | layout | the tensors of one packed linear, and the weights they stand for |
-| packed_reader, packed_writer | a folder of packed linears, whatever their layout (`formats.awq` uses them too) |
+| columns | such linears as `formats.packed` reads them (`formats.awq` uses it too) |
+| packed_writer | writing a folder of them, whatever their layout |
 
 Reading hands out the weights as F32, which holds them exactly, computed slab by slab from the packed words. Nothing is
 transcoded into this container (so it has no `plan`): its codes come from `weightsmith.evals.calibration`.
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weightsmith.formats.gptq.columns import ByColumns
 from weightsmith.formats.gptq.layout import Layout
-from weightsmith.formats.gptq.packed_reader import PackedReader, method_of
 from weightsmith.formats.gptq.settings import parse
+from weightsmith.formats.packed.reader import PackedReader
+from weightsmith.formats.packed.settings import method_of
 
 NAME = "gptq"
 
@@ -28,4 +31,4 @@ def sniff(path: Path) -> bool:
 
 def open_reader(path: Path) -> PackedReader:
     """Open a folder; reads and checks headers only. See `PackedReader` for what it raises."""
-    return PackedReader(path, NAME, lambda raw, where: Layout(parse(raw, path=where)))
+    return PackedReader(path, NAME, lambda raw, where: ByColumns(Layout(parse(raw, path=where))))

@@ -15,27 +15,20 @@ Ref: AutoGPTQ nn_modules/qlinear; GPTQModel utils/model.py (convert_gptq_v1_to_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.formats.gptq import words
+from weightsmith.formats.gptq.columns import Load
 from weightsmith.formats.gptq.settings import Settings
+from weightsmith.formats.packed.parts import FLOATS, Part
+from weightsmith.quant.steps import Lattice
 from weightsmith.types import Rows
-
-Load = Callable[[str, int, int], NDArray[Any]]  # (suffix, first column, end column) -> that part of a stored tensor
-
-
-class Part(NamedTuple):
-    """A stored tensor of a packed linear. codecs: what it may be stored in, the first is what is written."""
-
-    shape: tuple[int, ...]
-    codecs: tuple[str, ...]
-    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +36,16 @@ class Layout:
     """How linears are packed under `settings`."""
 
     settings: Settings
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.settings.bits
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group, -1 for all."""
+        return self.settings.group_size
 
     def groups(self, columns: int) -> int:
         """Groups in rows of `columns`."""
@@ -60,25 +63,40 @@ class Layout:
         return {
             "qweight": Part((columns * bits // 32, out), ("I32",)),
             "qzeros": Part((groups, out * bits // 32), ("I32",)),
-            "scales": Part((groups, out), ("F16", "BF16", "F32")),
+            "scales": Part((groups, out), FLOATS),
             "g_idx": Part((columns,), ("I32", "I64"), optional=True),
         }
 
     def rows(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Rows:
         """Weights float32 [stop - start, in]; IntegrityError for a g_idx that leads nowhere."""
-        columns, bits = shape[1], self.settings.bits
+        codes, zeros, scales = self._fields(load, start, stop)
+        g_idx = self._index(load, shape[1], has_index=has_index)
+        steps = codes.astype(np.float32)
+        steps -= zeros.astype(np.float32)[g_idx]
+        steps *= scales[g_idx]
+        return np.ascontiguousarray(steps.T)
+
+    def lattice(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice | None:
+        """Codes of rows [start, stop), None for columns out of order."""
+        if not np.array_equal(self._index(load, shape[1], has_index=has_index), self._trivial(shape[1])):
+            return None
+        codes, zeros, scales = self._fields(load, start, stop)
+        size = shape[1] if self.group_size == -1 else self.group_size
+        return Lattice.transposed(codes, scales, zeros.astype(np.int16), size)
+
+    def _fields(self, load: Load, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Codes uint8 [in, n], zeros uint8 [groups, n] and scales float32 [groups, n] of rows [start, stop)."""
+        bits = self.settings.bits
         codes = words.unpack(load("qweight", start, stop).view(np.uint32), bits)
         count, n_words = words.period(bits)
         begin, end = start // count, -(-stop // count)
         stored = load("qzeros", begin * n_words, end * n_words).view(np.uint32)
         zeros = words.unpack(np.ascontiguousarray(stored.T), bits).T[:, start - begin * count : stop - begin * count]
         zeros = (zeros + np.uint8(self.settings.zero_shift)) & np.uint8((1 << bits) - 1)
-        scales = load("scales", start, stop)
-        g_idx = self._places(load("g_idx", 0, columns), columns) if has_index else self._trivial(columns)
-        steps = codes.astype(np.float32)
-        steps -= zeros.astype(np.float32)[g_idx]
-        steps *= scales.astype(np.float32)[g_idx]
-        return np.ascontiguousarray(steps.T)
+        return codes, zeros, load("scales", start, stop).astype(np.float32)
+
+    def _index(self, load: Load, columns: int, *, has_index: bool) -> NDArray[np.int64]:
+        return self._places(load("g_idx", 0, columns), columns) if has_index else self._trivial(columns)
 
     def _trivial(self, columns: int) -> NDArray[np.int64]:
         size = columns if self.settings.group_size == -1 else self.settings.group_size

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, OutputExistsError
 from weightsmith.formats import archs
-from weightsmith.formats.gptq.packed_reader import KEY, OLD_NAME, Layout, PackedReader
+from weightsmith.formats.gptq.columns import Layout
+from weightsmith.formats.packed.reader import PackedReader
+from weightsmith.formats.packed.settings import KEY, OLD_NAME
 from weightsmith.formats.safetensors.config import CONFIG_NAME, dump
 from weightsmith.formats.safetensors.index import is_checkpoint
 from weightsmith.formats.safetensors.reader import SafetensorsReader

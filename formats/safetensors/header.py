@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import IntegrityError, UnsupportedError
+import numpy as np
+
+from weightsmith.errors import IntegrityError, UnsupportedError, WeightsmithError
 from weightsmith.formats.safetensors.strictjson import parse_object, read_text
 from weightsmith.quant.blocks import BLOCKS
-from weightsmith.types import TensorInfo
+from weightsmith.types import Packed, TensorInfo
 
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's own limit
 MAX_RANK = 32
@@ -77,6 +79,24 @@ def read_header(handle: int, size: int, *, path: Path) -> Header:
     tensors.sort(key=lambda info: (info.offset, info.nbytes))  # an empty tensor stands before its neighbour
     _check_cover(tensors, base, size, path)
     return Header({info.name: info for info in tensors}, metadata)
+
+
+def read_at(handle: int, info: TensorInfo, begin: int, nbytes: int, *, into: Packed | None = None) -> Packed:
+    """Bytes [begin, begin + nbytes) of a tensor in an open file, uint8 [nbytes]; `into` is filled if it is given.
+
+    Reading at a position shares no state between threads. Raises IntegrityError if the file became shorter.
+    """
+    data = np.empty(nbytes, np.uint8) if into is None else into
+    view, done = data.data, 0
+    while done < nbytes:
+        try:
+            got = os.preadv(handle, [view[done:]], info.offset + begin + done)
+        except OSError as error:
+            raise WeightsmithError(f"cannot read: {error.strerror}", path=info.path, tensor=info.name) from error
+        if got == 0:
+            raise IntegrityError("the file became shorter while it was read", path=info.path, tensor=info.name)
+        done += got
+    return data
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:

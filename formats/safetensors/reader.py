@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import IntegrityError, WeightsmithError
+from weightsmith.errors import IntegrityError
 from weightsmith.formats import archs
 from weightsmith.formats.safetensors.config import CONFIG_NAME, parse, read_raw
-from weightsmith.formats.safetensors.header import AGAIN, Header, read_header
+from weightsmith.formats.safetensors.header import AGAIN, Header, read_at, read_header
 from weightsmith.formats.safetensors.index import find_weights, merge
 from weightsmith.formats.safetensors.stacked import cut
 from weightsmith.formats.safetensors.strictjson import open_regular
@@ -160,19 +160,9 @@ class SafetensorsReader:
         return data.reshape(stop - start, info.row_bytes)
 
     def _pread(self, info: TensorInfo, begin: int, nbytes: int) -> Packed:
-        """Bytes [begin, begin + nbytes) of a tensor. Reading at a position shares no state between threads."""
+        """Bytes [begin, begin + nbytes) of a tensor."""
         assert info.path is not None
-        data = np.empty(nbytes, np.uint8)
-        view, done = data.data, 0
-        while done < nbytes:
-            try:
-                got = os.preadv(self._handles[info.path], [view[done:]], info.offset + begin + done)
-            except OSError as error:
-                raise WeightsmithError(f"cannot read: {error.strerror}", path=info.path, tensor=info.name) from error
-            if got == 0:
-                raise IntegrityError("the file became shorter while it was read", path=info.path, tensor=info.name)
-            done += got
-        return data
+        return read_at(self._handles[info.path], info, begin, nbytes)
 
     def row_unit(self, name: str) -> int:
         """Rows are stored as they are handed out, so any number comes cheaply."""

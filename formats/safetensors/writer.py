@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -116,7 +116,10 @@ def _extras(config: ModelConfig, vocab: Vocab | None, source: Reader | None) -> 
 
 
 class SafetensorsWriter:
-    """A folder in the making (see `weightsmith.types.Writer`); made by `create`."""
+    """A folder in the making (see `weightsmith.types.Writer`); made by `create`.
+
+    shapes: of tensors that the header describes by another shape than the rows they arrive in.
+    """
 
     def __init__(
         self,
@@ -127,8 +130,10 @@ class SafetensorsWriter:
         overwrite: bool,
         split_bytes: int,
         notes: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.path, self.order = path, order
+        self._shapes = shapes or {}
         self._places: dict[str, _Place] = {}
         self._lock = threading.Lock()
         self._folder = AtomicFolder(path, overwrite=overwrite)
@@ -144,7 +149,8 @@ class SafetensorsWriter:
         need_space(self.path, total + sum(_size(extra) for extra in extras.values()))
         for number, shard in enumerate(shards, 1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            start, offsets = lay_out(shard, notes)
+            described = [replace(info, shape=self._shapes.get(info.name, info.shape)) for info in shard]
+            start, offsets = lay_out(described, notes)
             self._folder.create(name, len(start) + sum(info.nbytes for info in shard))
             self._folder.write(name, 0, start)
             for info in shard:

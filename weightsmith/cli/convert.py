@@ -37,11 +37,14 @@ def command(
     """Convert SOURCE to another container, with its configuration and tokenizer.
 
     Without a type nothing is lost: every tensor keeps its precision (block-quantized ones become F16 in safetensors).
+    From GPTQ, AWQ and their kin, gguf:Q4_0, gguf:Q4_1 and gguf:Q8_0 take the codes over as they are where they fit, and
+    leave the rest in its precision.
     Memory does not grow with the model.
     """
     from weightsmith import jobs
     from weightsmith.cli.produce import produce
 
+    target = jobs.Target.parse(to)
     options = jobs.Options(
         pre=pre,
         split_bytes=split_bytes,
@@ -49,6 +52,6 @@ def command(
         memory=max_memory,
         allow_pickle=allow_pickle,
         overwrite=force,
+        keep_rest=target.is_blocks,
     )
-    target = jobs.Target.parse(to)
     produce(source, target, options, output=output, tag=tag, dry_run=dry_run, as_json=as_json)

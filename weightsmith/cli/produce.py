@@ -63,6 +63,11 @@ def _result(report: jobs.Report) -> dict[str, Any]:
         "seconds": round(report.seconds, 2),
         "types": report.types,
         "tensors": [_tensor(report, info) for info in report.tensors],
+        "codes": {
+            "taken_over": len(report.codes.taken - report.codes.requantized),
+            "largest_error": report.codes.error,
+            "requantized": sorted(report.codes.requantized),
+        },
         "fallbacks": [{"tensor": name, "wanted": wanted, "got": got} for name, wanted, got in report.fallbacks],
     }
 
@@ -79,6 +84,8 @@ def _text(report: jobs.Report, title: str) -> str:
         "types": ", ".join(f"{count} x {codec}" for codec, count in report.types.items()),
         "seconds": f"{report.seconds:.1f}" if report.seconds else "",
     }
+    if report.codes.taken or report.codes.requantized:
+        head |= _codes(report)
     parts = [fields(head)]
     if report.errors or not report.seconds:
         parts.append(_tensors(report))
@@ -109,6 +116,17 @@ def _bpw(info: TensorInfo) -> float:
 
 def _kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _codes(report: jobs.Report) -> dict[str, str]:
+    """What became of the codes of a packed source."""
+    codes = report.codes
+    error = f"no weight off by more than {codes.error:.2g}" if codes.error else "exactly"
+    whole = len(codes.taken - codes.requantized)
+    return {
+        "codes taken over": f"of {whole} tensors, {error}" if whole else "",
+        "requantized": f"{len(codes.requantized)} tensors whose codes do not fit" if codes.requantized else "",
+    }
 
 
 def _grouped(fallbacks: Sequence[tuple[str, str, str]]) -> list[tuple[str, int, str, str]]:

@@ -13,8 +13,8 @@ from tests.formats.gptq.oracle import random_linear, write_folder
 from tests.tiny import write_llama
 from weightsmith import formats
 from weightsmith.errors import IntegrityError, UnsupportedError
-from weightsmith.formats.gptq.packed_reader import PackedReader
 from weightsmith.formats.gptq.settings import parse
+from weightsmith.formats.packed.reader import PackedReader
 from weightsmith.jobs import Options, Target, convert
 
 LINEAR = "model.layers.0.self_attn.q_proj"
@@ -230,8 +230,8 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     assert reader.container == "safetensors"
     reader.close()
     folder, _ = write_folder(tmp_path / "m")
-    change_config(folder, quant_method="fp8")
-    with pytest.raises(UnsupportedError, match="fp8"):
+    change_config(folder, quant_method="hqq")
+    with pytest.raises(UnsupportedError, match="hqq"):
         _ = formats.open_reader(folder).config
 
 
