@@ -49,7 +49,7 @@ def compare(codec: str, parts: list[np.ndarray], guided: bool, effort: str, quan
         )
         total[0] += theirs.sum()
         total[1] += ours.sum()
-        worse += np.count_nonzero(ours > theirs * (1 + 1e-5))
+        worse += np.count_nonzero(ours > theirs * (1 + 1e-6))
         blocks += len(ours)
     return f"{100 * (total[1] / total[0] - 1):+.1f} % ({worse} of {blocks})"
 
