@@ -32,7 +32,7 @@ from weightsmith.evals.forward import load
 from weightsmith.quant import ARITHMETIC_VERSION, codecs
 from weightsmith.quant.algorithms import compensated
 from weightsmith.quant.algorithms.compensated import Inputs
-from weightsmith.quant.algorithms.moments import loss_of
+from weightsmith.quant.algorithms.moments import loss_of, shrinkage
 from weightsmith.quant.calibration import Moments
 from weightsmith.types import Packed, Reader
 
@@ -166,7 +166,8 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
         try:
             if codec in codecs.OPEN:
                 if id(moments) not in made:
-                    made = {id(moments): Inputs.of(moments.h, options.damp)}
+                    shrink = shrinkage(moments.size, moments.tokens)
+                    made = {id(moments): Inputs.of(moments.h, options.damp, shrink)}
                 packed, q = compensated.encode(
                     codec, w, made[id(moments)], sweeps=options.sweeps, effort=options.effort
                 )

@@ -37,7 +37,7 @@ from weightsmith.formats.gptq import packed_writer
 from weightsmith.formats.gptq.settings import Settings
 from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
-from weightsmith.quant.algorithms.moments import loss_of
+from weightsmith.quant.algorithms.moments import loss_of, shrinkage
 from weightsmith.quant.algorithms.rtn import Grid, Quantized
 from weightsmith.quant.recipes import is_matrix
 from weightsmith.types import Reader, TensorInfo
@@ -222,9 +222,10 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
     for names in groups.values():
         keys = [name.removeprefix(block.prefix) for name in names]
         parts = [block.weights[key].float() for key in keys]
-        h = block.moments[names[0]].h
+        moments = block.moments[names[0]]
+        h, shrink = moments.h, shrinkage(moments.size, moments.tokens)
         try:
-            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method)
+            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method, shrink=shrink)
         except WeightsmithError as error:
             error.tensor = error.tensor or names[0]
             raise

@@ -40,11 +40,14 @@ class Inputs:
     diagonal: Tensor
 
     @classmethod
-    def of(cls, h: Tensor, damp: float) -> Inputs:
-        """Factorise h (float32 [in, in], sums or means, never changed); raises what `damped` raises."""
+    def of(cls, h: Tensor, damp: float, shrink: float = 0.0) -> Inputs:
+        """Factorise h (float32 [in, in], sums or means, never changed); raises what `damped` raises.
+
+        damp, shrink: see `moments`.
+        """
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
-        u, share = factor(h, order, damp)
-        return cls(damped(h, share).float(), u.float(), order, h.diagonal().clone())
+        u, share = factor(h, order, damp, shrink)
+        return cls(damped(h, share, shrink).float(), u.float(), order, h.diagonal().clone())
 
     @property
     def importance(self) -> Tensor:

@@ -136,9 +136,10 @@ def _spans(w: Tensor, grid: Grid, method: Method, order: Tensor, importance: Ten
 
 
 @torch.no_grad()
-def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None) -> Quantized:
+def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None, *, shrink: float = 0.0) -> Quantized:
     """Quantize w [out, in] with second moments h [in, in] of its inputs (sums or means, never changed).
 
+    shrink: what of h is taken for chance, see `moments.shrinkage`.
     float32 throughout unless w is float64. On a CPU the result depends on nothing but the inputs and torch's number
     of threads. Raises IntegrityError (weights or moments that are not finite), UnsupportedError (scales beyond half
     precision), UsageError (h of another size).
@@ -149,7 +150,7 @@ def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None) -> 
         raise UsageError(f"second moments {list(h.shape)} for a matrix {list(w.shape)}")
     w = w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
     order = order_of(h.diagonal(), grid, method.order)
-    u, share = factor(h, order, method.damp)
+    u, share = factor(h, order, method.damp, shrink)
     importance = u.diagonal().square().reciprocal().to(w.dtype)
     spans = _spans(w, grid, method, order, importance)
     columns = spans.columns
@@ -158,7 +159,7 @@ def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None) -> 
     codes = torch.empty_like(found)
     codes[order] = found
     if method.sweeps:
-        matrix = damped(h, share).to(w.dtype)
+        matrix = damped(h, share, shrink).to(w.dtype)
         q = columns.weights(codes, columns.places)
         down = Descent(matrix, q, matrix @ (w.T - q), codes, columns)
         for _ in range(method.sweeps):

@@ -1,8 +1,13 @@
 """What a matrix loses by the second moments H of its inputs, and H made ready for error feedback.
 
-H is damped by a share of its mean diagonal, raised until it has a Cholesky factor. With the axes reversed H = L L^T,
-and L^-1 with the axes put back is the upper triangular U of U^T U = H^-1: H itself is never inverted. H of a wide
-linear is gigabytes, so the factor, its inverse and U take the same place one after the other.
+H is measured on a sample of tokens, and feedback would trust its chance correlations as much as the lasting ones. So
+its entries off the diagonal are shrunk first, by a share that falls with the tokens per column (`shrinkage`). Measured
+on a middle layer of SmolLM2-135M, Q4_K, loss on other text than was calibrated on, against the same layout without
+feedback: 16 rows of 512 tokens 0.83 to 1.05 without and 0.81 to 0.89 with it; 64 rows 0.76 to 0.84 and 0.74 to 0.80.
+
+Then H is damped by a share of its mean diagonal, raised until it has a Cholesky factor. With the axes reversed
+H = L L^T, and L^-1 with the axes put back is the upper triangular U of U^T U = H^-1: H itself is never inverted. H of a
+wide linear is gigabytes, so the factor, its inverse and U take the same place one after the other.
 """
 
 from __future__ import annotations
@@ -26,15 +31,30 @@ def loss_of(w: Tensor, q: Tensor, h: Tensor) -> float:
     return total
 
 
-def damped(h: Tensor, share: float) -> Tensor:
-    """A copy of h [in, in] with `share` of its mean diagonal added to it; dead columns get the mean before that."""
+def shrinkage(size: int, tokens: int) -> float:
+    """How much of the entries off the diagonal is taken for chance, for `size` columns measured on `tokens` tokens.
+
+    A fit to what was measured (see above): correlations that do not last need more tokens than columns to average out.
+    """
+    return min(0.5, 0.1 + 2 * size / max(1, tokens))
+
+
+def damped(h: Tensor, share: float, shrink: float = 0.0) -> Tensor:
+    """A copy of h [in, in], shrunk off its diagonal, with `share` of its mean diagonal added to it.
+
+    Dead columns get the mean before that.
+    """
     h = h.clone()
-    _damp(h, share)
+    _damp(h, share, shrink)
     return h
 
 
-def _damp(h: Tensor, share: float) -> None:
+def _damp(h: Tensor, share: float, shrink: float) -> None:
     diagonal = h.diagonal()
+    if shrink:
+        kept = diagonal.clone()
+        h *= 1 - shrink
+        diagonal.copy_(kept)
     mean = float(diagonal.double().mean())
     if not 0 < mean < float("inf"):
         raise IntegrityError("all calibration inputs are zero or not finite")
@@ -42,7 +62,7 @@ def _damp(h: Tensor, share: float) -> None:
     diagonal += share * mean
 
 
-def factor(h: Tensor, order: Tensor, share: float) -> tuple[Tensor, float]:
+def factor(h: Tensor, order: Tensor, share: float, shrink: float = 0.0) -> tuple[Tensor, float]:
     """U with U^T U = (damped h)^-1, its axes in `order`, and the share of damping that it took.
 
     h: float [in, in], never changed; U in float64 for up to EXACT columns. Beside h there is never more than one matrix
@@ -52,7 +72,7 @@ def factor(h: Tensor, order: Tensor, share: float) -> tuple[Tensor, float]:
     back = order.flip(0)
     while share <= MOST_DAMP:
         work = h[back[:, None], back].to(wide)
-        _damp(work, share)
+        _damp(work, share, shrink)
         lower = work.mT  # LAPACK's layout, so that the factor needs no place of its own
         info = torch.zeros((), dtype=torch.int32, device=h.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
