@@ -33,7 +33,7 @@ from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
 if TYPE_CHECKING:
-    from weightsmith.formats.imatrix import Entry, Imatrix
+    from weightsmith.formats.imatrix import Imatrix
 
 Finished = Callable[[int], Mapping[str, Tensor] | None]
 Prepare = Callable[["Block"], None]
@@ -239,26 +239,39 @@ def imatrix(
 
     options = options or Options(rows=None)
     tokens = draw(reader, text, options)
-    found: dict[str, Moments] = {}
+    kept = _Kept(reader)
     with _begun(reader, tokens, options) as run:
         for block in run.blocks(full=False, sequential=False):
-            found.update(block.moments)
+            for name, moments in block.moments.items():
+                kept.add(name, moments)
         if output:
-            name, moments = run.head()
-            found[name] = moments
-    entries = _entries(found, reader, Entry)
+            kept.add(*run.head())
+    entries = {gguf: Entry(kept.sums[gguf], kept.counts[gguf]) for gguf in kept.seen}
     return Imatrix(entries, [dataset] if dataset else [], len(tokens), options.ctx)
 
 
-def _entries(found: Mapping[str, Moments], reader: Reader, entry: Callable[..., Entry]) -> dict[str, Entry]:
-    """Measured diagonals under GGUF's names; the experts of a stack in one, zeros for those that no token reached."""
-    family, count = archs.by_name(reader.config.family), reader.config.n_experts
-    sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, NDArray[np.int64]] = {}
-    for name, one in found.items():
-        expert, gguf = archs.expert_of(name), str(family.gguf_name(name))
-        height = 1 if expert is None else count
-        place = sums.setdefault(gguf, np.zeros((height, one.size)))
-        place[expert or 0] = one.diagonal.cpu().numpy()
-        counts.setdefault(gguf, np.zeros(height, np.int64))[expert or 0] = one.tokens
-    return {gguf: entry(value, counts[gguf]) for gguf, value in sums.items()}
+class _Kept:
+    """Diagonals under GGUF's names; the experts of a stack in one, zeros for those that no token reached.
+
+    Their place is made before the pass. Small arrays that are made on the way and outlive it would lie between the
+    large ones that come and go, and the heap would grow with every layer (measured: half as much again at 24 layers).
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._gguf_name = archs.by_name(reader.config.family).gguf_name
+        self.seen: dict[str, None] = {}  # in the order of measuring
+        self.sums: dict[str, NDArray[np.float64]] = {}
+        self.counts: dict[str, NDArray[np.int64]] = {}
+        for name, info in reader.infos().items():
+            if len(info.shape) == 2:
+                height = 1 if archs.expert_of(name) is None else reader.config.n_experts
+                gguf = str(self._gguf_name(name))
+                self.sums.setdefault(gguf, np.zeros((height, info.row_len)))
+                self.counts.setdefault(gguf, np.zeros(height, np.int64))
+
+    def add(self, name: str, moments: Moments) -> None:
+        """Keep what was measured of a linear."""
+        expert, gguf = archs.expert_of(name) or 0, str(self._gguf_name(name))
+        self.seen[gguf] = None
+        self.sums[gguf][expert] = moments.diagonal.cpu().numpy()
+        self.counts[gguf][expert] = moments.tokens
