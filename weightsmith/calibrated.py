@@ -94,10 +94,12 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
     from weightsmith.quant.algorithms.gptq import Method  # noqa: PLC0415
     from weightsmith.quant.algorithms.rtn import Grid  # noqa: PLC0415
 
+    # GPTQModel, which most runtimes load through, takes zeros of its own choosing only in the second form.
+    form = "gptq_v2" if container == "gptq" and not calibration.sym else container
     return PackedOptions(
         grid=Grid(bits, calibration.group_size, calibration.sym),
         method=Method(sweeps=_SWEEPS[effort]),
-        checkpoint_format=container,
+        checkpoint_format=form,
         scaled=effort != "fast",
     )
 
