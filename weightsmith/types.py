@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+NOTES = "weightsmith.provenance."  # prefix of the metadata keys that say where a file comes from
+
 Packed = NDArray[np.uint8]  # [rows, row_bytes]
 Rows = NDArray[np.float32]  # [rows, row_len]
 

@@ -27,11 +27,11 @@ from weightsmith.formats.packed.settings import KEY
 from weightsmith.formats.safetensors.config import CONFIG_NAME, dump
 from weightsmith.formats.safetensors.index import is_checkpoint
 from weightsmith.formats.safetensors.reader import HEAD, SafetensorsReader
-from weightsmith.formats.safetensors.writer import NOTES, SPLIT_BYTES, SafetensorsWriter
+from weightsmith.formats.safetensors.writer import SPLIT_BYTES, SafetensorsWriter
 from weightsmith.quant import doubled, float4
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.safename import check_name
-from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
+from weightsmith.types import NOTES, ModelConfig, Packed, Reader, TensorInfo, Vocab
 
 
 @dataclass(slots=True)

@@ -12,9 +12,10 @@ from typing import Any
 from weightsmith.errors import IntegrityError, NotFoundError
 from weightsmith.formats import archs
 from weightsmith.formats.consolidated import names
-from weightsmith.formats.consolidated.params import PARAMS_NAME, Params, read_params
+from weightsmith.formats.consolidated.params import PARAMS_NAME, read_file, read_params
 from weightsmith.formats.consolidated.shards import Joined, Shards
 from weightsmith.formats.rope_rows import halve
+from weightsmith.formats.safetensors.keys import Keys
 from weightsmith.safename import resolve_inside
 from weightsmith.types import ModelConfig, Packed, TensorInfo, Vocab
 
@@ -25,8 +26,8 @@ TRANSPOSED_ROWS = 256  # a slab of these costs a pass over the whole tensor
 _TOKENIZER = re.compile(r"tokenizer\.model(\.v\d+\w*)?|tekken\.json|tokenizer\.json")
 _COMPANION = re.compile(r"chat_template\.jinja|tokenizer_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?")
 
-# Params and weights to the model and its tensors by native name.
-Configure = Callable[[Params, Shards, Path], tuple[ModelConfig, Mapping[str, Joined]]]
+# params.json and weights to the model and its tensors by native name.
+Configure = Callable[[Keys, Shards, Path], tuple[ModelConfig, Mapping[str, Joined]]]
 
 
 class ConsolidatedReader:
@@ -48,7 +49,7 @@ class ConsolidatedReader:
 
     def metadata(self) -> Mapping[str, Any]:
         """params.json as found; empty without one."""
-        return dict(read_params(self.path).found) if (self.path / PARAMS_NAME).exists() else {}
+        return read_file(self.path) if (self.path / PARAMS_NAME).exists() else {}
 
     def native_infos(self) -> Mapping[str, TensorInfo]:
         """Whole tensors under their original names; path and offset are those of the first rank's part."""

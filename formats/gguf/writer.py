@@ -30,9 +30,8 @@ from weightsmith.formats.gguf.vocab import OWNED, config_ids, vocab_keys
 from weightsmith.formats.rope_rows import halve, interleave
 from weightsmith.quant.blocks import row_nbytes
 from weightsmith.quant.recipes import FILE_TYPES
-from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
+from weightsmith.types import NOTES, ModelConfig, Packed, Reader, TensorInfo, Vocab
 
-NOTES = "weightsmith.provenance."  # where a file comes from; a source's own notes are replaced by new ones
 TYPES = tuple(FILE_TYPES)
 
 

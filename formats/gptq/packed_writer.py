@@ -23,10 +23,10 @@ from weightsmith.formats.packed.settings import KEY, OLD_NAME
 from weightsmith.formats.safetensors.config import CONFIG_NAME, dump
 from weightsmith.formats.safetensors.index import is_checkpoint
 from weightsmith.formats.safetensors.reader import SafetensorsReader
-from weightsmith.formats.safetensors.writer import NOTES, SPLIT_BYTES, SafetensorsWriter
+from weightsmith.formats.safetensors.writer import SPLIT_BYTES, SafetensorsWriter
 from weightsmith.quant.blocks import row_nbytes
 from weightsmith.safename import check_name
-from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
+from weightsmith.types import NOTES, ModelConfig, Packed, Reader, TensorInfo, Vocab
 
 
 class PackedWriter:

@@ -28,9 +28,10 @@ from pathlib import Path
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.formats.consolidated import names
-from weightsmith.formats.consolidated.params import MAX_LAYERS, Params, heads, llama3_scaling
+from weightsmith.formats.consolidated.params import heads, llama3_scaling
 from weightsmith.formats.consolidated.reader import tokenizer_folder
 from weightsmith.formats.consolidated.shards import Joined, Shards
+from weightsmith.formats.safetensors.keys import MAX_LAYERS, Keys
 from weightsmith.types import ModelConfig, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ _REFUSED = {
 }
 
 
-def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig, Mapping[str, Joined]]:
+def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, Mapping[str, Joined]]:
     """The model, and its tensors by native name without what is stored twice.
 
     Raises UnsupportedError (another kind of model, by name), IntegrityError (a value, or weights that contradict it).
@@ -95,7 +96,7 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
     return config, tensors
 
 
-def _refuse_unknown(params: Params) -> None:
+def _refuse_unknown(params: Keys) -> None:
     for key, what in _REFUSED.items():
         if params.has(key) and params.raw[key] != -1:
             raise UnsupportedError(f"{key} says that this is {what}, which is not read", path=params.path)
@@ -151,7 +152,7 @@ def _halved(joined: Joined) -> Joined:
     return replace(joined, info=whole, parts=joined.parts[::2], twins=joined.parts[1::2])
 
 
-def _ffn(params: Params, tensors: Mapping[str, Joined], dim: int, folder: Path) -> int:
+def _ffn(params: Keys, tensors: Mapping[str, Joined], dim: int, folder: Path) -> int:
     """Rows of w1, held against the formula of Meta's FeedForward."""
     width = _need(tensors, _FIRST_W1, folder).info.shape[0]
     expected = int(2 * (4 * dim) / 3)
@@ -169,7 +170,7 @@ def _ffn(params: Params, tensors: Mapping[str, Joined], dim: int, folder: Path) 
     return width
 
 
-def _scaling_factor(params: Params, *, tied: bool) -> float | None:
+def _scaling_factor(params: Keys, *, tied: bool) -> float | None:
     if not params.flag("use_scaled_rope"):
         return None
     if params.has("rope_scaling_factor"):

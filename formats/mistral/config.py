@@ -18,9 +18,10 @@ from pathlib import Path
 
 from weightsmith.errors import UnsupportedError
 from weightsmith.formats.consolidated import names
-from weightsmith.formats.consolidated.params import MAX_LAYERS, Params, heads
+from weightsmith.formats.consolidated.params import heads
 from weightsmith.formats.consolidated.shards import Joined, Shards
 from weightsmith.formats.mistral.experts import experts, plain, unstack
+from weightsmith.formats.safetensors.keys import MAX_LAYERS, Keys
 from weightsmith.types import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _REFUSED = {
 }
 
 
-def refuse_unknown(params: Params) -> None:
+def refuse_unknown(params: Keys) -> None:
     """Raise UnsupportedError, by name, for what changes the computation and is not known here."""
     for key, what in _REFUSED.items():
         if params.has(key):
@@ -56,7 +57,7 @@ def refuse_unknown(params: Params) -> None:
         raise UnsupportedError(f"activation {str(activation)[:40]!r} is not known, only silu", path=params.path)
 
 
-def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig, Mapping[str, Joined]]:
+def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, Mapping[str, Joined]]:
     """The model, and its tensors by native name.
 
     Raises UnsupportedError (another kind of model, by name), IntegrityError (a value of the wrong type or size).
@@ -98,7 +99,7 @@ def configure(params: Params, shards: Shards, folder: Path) -> tuple[ModelConfig
     return config, unstack(tensors, config) if n_experts else tensors
 
 
-def sliding_window(params: Params) -> int | None:
+def sliding_window(params: Keys) -> int | None:
     """The window of every layer in tokens, or None; UnsupportedError if layers differ."""
     key = "sliding_window" if params.raw.get("sliding_window") is not None else "_sliding_window"
     value = params.raw.get(key)
@@ -108,7 +109,7 @@ def sliding_window(params: Params) -> int | None:
     return windows.pop() if windows else None
 
 
-def _window(params: Params, key: str, value: object) -> int | None:
+def _window(params: Keys, key: str, value: object) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
         value = int(value)
     if value is None:
@@ -118,7 +119,7 @@ def _window(params: Params, key: str, value: object) -> int | None:
     return value
 
 
-def _context(params: Params, vocab_size: int) -> int:
+def _context(params: Keys, vocab_size: int) -> int:
     for key in ("max_position_embeddings", "max_seq_len"):
         if params.has(key):
             return params.count(key)

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from weightsmith.errors import IntegrityError, UnsupportedError
-from weightsmith.formats.consolidated.params import Params
 from weightsmith.formats.consolidated.shards import Joined
+from weightsmith.formats.safetensors.keys import Keys
 from weightsmith.types import ModelConfig, TensorInfo
 
 MAX_EXPERTS = 1024
@@ -36,22 +36,22 @@ _KEYS = {
 _STACK = re.compile(r"(layers\.\d{1,4})\.block_sparse_moe\.(w[123]|gate\.weight)")
 
 
-def plain(params: Params) -> Params:
+def plain(params: Keys) -> Keys:
     """`params` under Mistral's own keys, whichever they came with."""
     if STACKED not in params.raw:
         return params
     raw = {_KEYS.get(key, key): value for key, value in params.raw.items() if key not in _KEYS.values()}
     raw["moe"] = {"num_experts": raw[STACKED], "num_experts_per_tok": raw.get("num_experts_per_tok", 2)}
-    found = Params(raw, params.path)
+    found = Keys(raw, params.path)
     if raw.get("head_dim") is None:
         dim, heads = found.count("dim"), found.count("n_heads")
         if dim % heads:
             raise params.fault("num_attention_heads", heads, f"a divisor of hidden_size, {dim}")
-        found = Params({**raw, "head_dim": dim // heads}, params.path)
+        found = Keys({**raw, "head_dim": dim // heads}, params.path)
     return found
 
 
-def experts(params: Params) -> tuple[int, int]:
+def experts(params: Keys) -> tuple[int, int]:
     """Experts of a layer, and how many of them a token passes through; 0 of 0 in a dense model.
 
     Raises UnsupportedError for a mixture of another kind than Mixtral's.
@@ -65,7 +65,7 @@ def experts(params: Params) -> tuple[int, int]:
     if other:
         text = f"moe.{str(other[0])[:40]} in {params.path.name}: a mixture of experts of another kind than Mixtral's"
         raise UnsupportedError(text, path=params.path, hint="Try the Hugging Face form of the model.")
-    inner = Params(raw, params.path)
+    inner = Keys(raw, params.path)
     count = inner.count("num_experts", limit=MAX_EXPERTS)
     return count, inner.count("num_experts_per_tok", limit=count)
 

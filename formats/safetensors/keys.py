@@ -23,6 +23,10 @@ class Keys:
         """The error for a value that cannot be."""
         return IntegrityError(f"{self.where}{key} is {str(found)[:80]!r}, expected {expected}", path=self.path)
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there and says something."""
+        return self.raw.get(key) not in (None, False, {}, [])
+
     def count(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
         """A whole number from 1 to `limit`."""
         value = self.raw.get(key)

@@ -27,10 +27,9 @@ from weightsmith.formats.safetensors.reader import SafetensorsReader
 from weightsmith.formats.safetensors.strictjson import open_regular
 from weightsmith.quant.blocks import row_nbytes
 from weightsmith.safename import check_name
-from weightsmith.types import ModelConfig, Packed, Reader, TensorInfo, Vocab
+from weightsmith.types import NOTES, ModelConfig, Packed, Reader, TensorInfo, Vocab
 
 TYPES = ("F32", "F16", "BF16")
-NOTES = "weightsmith.provenance."
 SPLIT_BYTES = 5_000_000_000  # as Hugging Face's tools do
 _COPY = 8 << 20
 

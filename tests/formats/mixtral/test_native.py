@@ -16,8 +16,8 @@ from tests.moe import as_torch, mixtral_config, mixtral_tensors, write_mixtral, 
 from tests.native import gguf_tensors
 from weightsmith import formats, jobs
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, WeightsmithError
-from weightsmith.formats.consolidated.params import Params
 from weightsmith.formats.mistral.experts import experts, plain
+from weightsmith.formats.safetensors.keys import Keys
 from weightsmith.jobs import Options, Target
 
 FORMS = ("safetensors", "pth", "disjoint")
@@ -130,7 +130,7 @@ _KEYS = ("moe", "num_local_experts", "num_experts_per_tok", "hidden_size", "num_
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES))
 def test_any_params_give_a_count_or_an_error(raw: dict[str, Any]) -> None:
     try:
-        count, used = experts(plain(Params(raw, Path("params.json"))))
+        count, used = experts(plain(Keys(raw, Path("params.json"))))
     except WeightsmithError:
         return
     assert 0 <= used <= count <= 1024
