@@ -239,16 +239,17 @@ class Reservation:
         type: str | None = None,
         hashes: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        allow_pickle: bool = False,
     ) -> Entry:
         """Open and hash what lies in `folder`, write the record, rename into place; returns the entry.
 
         origin, recipe: plain JSON values. parent: what it was made from; its licence is inherited unless `licence` or
         the origin gives one. type: of the weights, if another word than the most frequent codec. hashes: SHA-256 by
-        relative path that are known already (from `sources.Fetched`).
+        relative path that are known already (from `sources.Fetched`). allow_pickle: pickled weights may be opened.
         Raises OutputExistsError if `name:tag` exists with other bytes (with the same bytes that entry is the result),
         and what opening a damaged or unknown container raises.
         """
-        entry = self._entry(dict(origin or {}), parent, type, hashes or {})
+        entry = self._entry(dict(origin or {}), parent, type, hashes or {}, allow_pickle)
         licence = licence or entry.origin.get("licence") or (parent.licence if parent else None)
         recipe = {"tool": "weightsmith", "version": __version__, **recipe} if recipe is not None else None
         return self._place(dataclasses.replace(entry, licence=licence, recipe=recipe), overwrite=overwrite)
@@ -282,11 +283,16 @@ class Reservation:
         self._staging.release()
 
     def _entry(
-        self, origin: dict[str, Any], parent: Entry | None, kind: str | None, hashes: Mapping[str, str]
+        self,
+        origin: dict[str, Any],
+        parent: Entry | None,
+        kind: str | None,
+        hashes: Mapping[str, str],
+        allow_pickle: bool,
     ) -> Entry:
         _hoist(self.folder)
         files = _hashed(self.folder, hashes)
-        container, codec = _opened(self.folder, files)
+        container, codec = _opened(self.folder, files, allow_pickle=allow_pickle)
         return Entry(
             name=self.name,
             tag=self.tag,
@@ -319,12 +325,12 @@ def _hoist(folder: Path) -> None:
         inner.rename(folder)
 
 
-def _opened(folder: Path, files: tuple[File, ...]) -> tuple[str, str]:
+def _opened(folder: Path, files: tuple[File, ...], *, allow_pickle: bool) -> tuple[str, str]:
     """Container and most frequent codec (by weights) of the checkpoint in `folder`."""
     from weightsmith.formats import open_reader  # noqa: PLC0415  (listing the catalog needs no container)
 
     ggufs = [file.path for file in files if file.path.endswith(".gguf")]
-    reader = open_reader(folder / min(ggufs) if ggufs else folder)
+    reader = open_reader(folder / min(ggufs) if ggufs else folder, allow_pickle=allow_pickle)
     try:
         weights: dict[str, int] = {}
         for info in reader.native_infos().values():

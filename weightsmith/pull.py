@@ -1,14 +1,16 @@
-"""Pulling: from what the user wrote to a verified entry of the catalog."""
+"""Pulling: from what the user wrote, or what a lock says, to a verified entry of the catalog."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from weightsmith.catalog import ORIGINAL, Catalog
 from weightsmith.errors import OutputExistsError
-from weightsmith.sources import Source, catalog_name, fetch, parse
+from weightsmith.lock import Locked, compare
+from weightsmith.sources import Source, catalog_name, fetch, parse, settle
 from weightsmith.sources.source import bare_url
 from weightsmith.store import Entry
 
@@ -26,6 +28,7 @@ def pull(  # noqa: PLR0913  (the options of one verb)
     offline: bool = False,
     overwrite: bool = False,
     registry: Path | None = None,
+    allow_pickle: bool = False,
 ) -> Entry:
     """Fetch the SOURCE `text` into `catalog` as `name:tag`, every file verified before it is visible.
 
@@ -43,19 +46,63 @@ def pull(  # noqa: PLR0913  (the options of one verb)
             )
         log.info("%s is already in the catalog; --force fetches it again", there.ref)
         return there
-    with catalog.reserve(name, tag) as reservation:
-        fetched = fetch(
-            source,
-            reservation.folder,
-            revision=revision,
-            include=include,
-            offline=offline,
-            home=catalog.home,
-            registry=registry,
+    options: dict[str, Any] = {"revision": revision, "include": include, "registry": registry}
+    options |= {"offline": offline, "allow_pickle": allow_pickle}
+    asked = _asked(source, revision, include)
+    return _take(catalog, source, (name, tag), asked=asked, overwrite=overwrite, options=options)
+
+
+def pull_locked(
+    catalog: Catalog,
+    models: Iterable[Locked],
+    *,
+    offline: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> list[Entry]:
+    """Fetch exactly what a lock says: those commits, those files, those hashes, under those names.
+
+    What the catalog holds already is held against the lock. Raises IntegrityError on any difference, naming path, what
+    was found and what was expected, and what `pull` raises.
+    """
+    entries = []
+    for one in models:
+        if catalog.has(one.name, one.tag) and not overwrite:
+            there = catalog.get(one.ref)
+            compare(one, there)
+            log.info("%s is in the catalog as the lock says", one.ref)
+            entries.append(there)
+            continue
+        options = {"include": one.include, "offline": offline, "allow_pickle": allow_pickle}
+        where = one.name, one.tag
+        pins = {"revision": one.pins["revision"]} if "revision" in one.pins else {}
+        entry = _take(
+            catalog, one.to_source(), where, asked=list(one.asked), overwrite=overwrite, options=options, more=pins
         )
+        compare(one, entry)
+        entries.append(entry)
+    return entries
+
+
+def _take(
+    catalog: Catalog,
+    source: Source,
+    place: tuple[str, str],
+    *,
+    asked: list[str],
+    overwrite: bool,
+    options: dict[str, Any],
+    more: Mapping[str, str] | None = None,
+) -> Entry:
+    """Fetch `source` and commit it as name and tag `place`. more: for the origin."""
+    with catalog.reserve(*place) as reservation:
+        fetched = fetch(source, reservation.folder, home=catalog.home, **options)
         hashes = {file.path: file.sha256 for file in fetched.files}
-        origin = {**fetched.origin, "asked": _asked(source, revision, include)}
-        return reservation.commit(origin=origin, hashes=hashes, overwrite=overwrite)
+        origin = {**fetched.origin, "asked": asked, **(more or {})}
+        allow_pickle = bool(options.get("allow_pickle"))
+        entry = reservation.commit(origin=origin, hashes=hashes, overwrite=overwrite, allow_pickle=allow_pickle)
+        settle(fetched)
+        return entry
 
 
 def _asked(source: Source, revision: str | None, include: Sequence[str]) -> list[str]:

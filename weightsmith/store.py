@@ -2,7 +2,7 @@
 
     HOME/models/NAME/TAG/     the files under their real names, and weightsmith.json, the record
     HOME/staging/ID/          what is being made; its `.lock` is held while its maker lives
-    HOME/downloads/KEY/       unfinished downloads of plain URLs (see sources/url.py)
+    HOME/downloads/KEY/       downloads, unfinished or waiting for the rest of their checkpoint (see sources/keep.py)
     HOME/hub/                 listings of hub repositories by commit, for `--offline` (see sources/hub.py)
 
 Everything below HOME is on one file system, so finished work moves into place by one rename. Locks are flock on an
@@ -150,19 +150,36 @@ def home() -> Path:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` (made if absent), waiting for whoever holds it; `shared` lets readers in together."""
-    handle = _open_lock(path)
+    """Hold the lock file `path` (made if absent), waiting for whoever holds it; `shared` lets readers in together.
+
+    Its holder may remove it, and the folder it lies in.
+    """
+    while True:
+        handle = _open_lock(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if _is_at(handle, path):  # else it was removed while we waited, and the next one to come makes it anew
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock(path: Path) -> int:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    while True:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # the folder was removed between our two steps
 
 
 def _try_lock(path: Path) -> int | None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+BLOCK = 64 << 10
 LFS_FROM = 64  # files of this many bytes and more are "large files", known by their SHA-256
 
 
@@ -80,6 +82,9 @@ class Faults:
     tree: list[dict[str, Any]] | None = None  # listing to send instead of the true one
     plain_redirect: str | None = None
     encoding: str | None = None
+    retry_after: str = "0"
+    longer: int = 0  # bytes that a file has more than it should, by what the server announces
+    pace: float = 0.0  # seconds before each block of a body
 
 
 class Hub:
@@ -89,7 +94,9 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.plain: dict[str, bytes] = {}
         self.tokens: set[str] = set()
+        self.counting = threading.Lock()
         self.log: list[Request] = []
+        self.served = 0  # bytes of file bodies that were handed to the network
         self.faults = Faults()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
@@ -137,7 +144,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 faults.on_request(request)
             if faults.times and faults.match in self.path:
                 faults.times -= 1
-                self.send(faults.status, b"", {"Retry-After": "0"})
+                self.send(faults.status, b"", {"Retry-After": faults.retry_after})
                 return
             parts = [unquote(part) for part in urlsplit(self.path).path.split("/")[1:]]
             if parts[0] == "plain":
@@ -236,20 +243,26 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.body(data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'} if hub.faults.etag else {})
 
         def body(self, data: bytes, headers: dict[str, str]) -> None:
-            status, start = 200, 0
+            status, start, stop = 200, 0, len(data)
+            if hub.faults.longer:
+                data = data + b"x" * hub.faults.longer
+                stop = len(data)
             asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
             if asked and hub.faults.ranges and condition in (None, headers.get("ETag")):
-                start = int(asked.removeprefix("bytes=").rstrip("-"))
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start, stop = int(first), min(int(last) + 1 if last else stop, stop)
                 if start >= len(data):
                     self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
                     return
                 status = 206
-                headers = {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+                headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
             if hub.faults.encoding:
                 headers = {**headers, "Content-Encoding": hub.faults.encoding}
-            self.send(status, data[start:], headers)
+            self.send(status, data[start:stop], headers, counted=True)
 
-        def send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        def send(
+            self, status: int, data: bytes, headers: dict[str, str] | None = None, *, counted: bool = False
+        ) -> None:
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
@@ -257,13 +270,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            faults = hub.faults
+            faults, end = hub.faults, len(data)
             if faults.cut is not None and faults.cuts > 0 and len(data) > faults.cut and status in (200, 206):
                 faults.cuts -= 1
-                self.wfile.write(data[: faults.cut])
+                end = faults.cut
                 self.close_connection = True
-                return
-            self.wfile.write(data)
+            try:
+                for start in range(0, end, BLOCK):
+                    if faults.pace:
+                        time.sleep(faults.pace)
+                    block = data[start : min(start + BLOCK, end)]
+                    self.wfile.write(block)
+                    if counted:
+                        with hub.counting:
+                            hub.served += len(block)
+            except ConnectionError:
+                self.close_connection = True  # whoever asked is gone
 
     return Handler
 

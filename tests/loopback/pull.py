@@ -15,7 +15,7 @@ from typing import Any
 
 from weightsmith.catalog import Catalog, Entry
 from weightsmith.errors import WeightsmithError
-from weightsmith.sources import catalog_name, fetch, parse
+from weightsmith.sources import catalog_name, download, fetch, parse, settle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,9 @@ def take(catalog: Catalog, text: str, *, name: str | None = None, tag: str = "or
     with catalog.reserve(name or catalog_name(source), tag) as reservation:
         fetched = fetch(source, reservation.folder, home=catalog.home, **options)
         hashes = {file.path: file.sha256 for file in fetched.files}
-        return reservation.commit(origin=fetched.origin, hashes=hashes)
+        entry = reservation.commit(origin=fetched.origin, hashes=hashes)
+        settle(fetched)
+        return entry
 
 
 def main() -> None:
@@ -52,11 +54,8 @@ def main() -> None:
 
     logging.basicConfig(level=logging.DEBUG)
     options = json.loads(sys.argv[2])
-    patience = options.pop("waits", [0, 0])
-    if sys.argv[1].startswith("hf://"):
-        from weightsmith.sources import hub
-
-        hub.WAITS = tuple(patience)
+    download.WAITS = tuple(options.pop("waits", [0, 0]))
+    download.CHUNK = options.pop("chunk", download.CHUNK)
     try:
         entry = take(Catalog(), sys.argv[1], **options)
     except WeightsmithError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -180,14 +183,34 @@ def test_offline_after_a_pull_needs_no_hub(hub: Hub, tmp_path: Path, llama_files
         got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub, **more), **options)
         assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
     assert hub.log == []
-    blob = next((tmp_path / "hf").rglob("model.safetensors")).resolve()
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.chmod(0o644)
-    blob.unlink()
-    blob.write_bytes(data)
+    for tag in ("original", "a", "b"):
+        kept = tmp_path / "weightsmith" / "models" / "tiny-llama" / tag / "model.safetensors"
+        data = bytearray(llama_files["model.safetensors"])
+        data[-1] ^= 1
+        kept.write_bytes(data)
     got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), offline=True, tag="c")
     assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+
+
+def test_what_the_hugging_face_cache_holds_is_not_fetched(
+    hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]
+) -> None:
+    hub.add(REPO, llama_files)
+    code = f"from huggingface_hub import snapshot_download; snapshot_download({REPO!r})"
+    cache = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **cache, **env(hub)}, check=True)
+    hub.log.clear()
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
+    assert asked(hub) == []
+    damaged = next((tmp_path / "hf").rglob("snapshots/*/config.json")).resolve()
+    damaged.chmod(0o644)
+    damaged.unlink()
+    damaged.write_bytes(bytes(len(llama_files["config.json"])))
+    (tmp_path / "weightsmith").rename(tmp_path / "aside")
+    healed = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert healed["files"] == got["files"]
+    assert asked(hub) == ["config.json"], "only the file that the cache has wrong"
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

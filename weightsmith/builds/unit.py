@@ -18,7 +18,7 @@ from weightsmith.builds.plan import ORIGINAL, Job
 from weightsmith.catalog import Catalog
 from weightsmith.errors import IntegrityError, InterruptedRunError, ResourceError, WeightsmithError
 from weightsmith.jobs import Options
-from weightsmith.sources import Source, fetch, parse
+from weightsmith.sources import Source, fetch, parse, settle
 from weightsmith.store import Entry
 
 Status = Literal["made", "there", "failed", "gate", "blocked", "interrupted"]
@@ -153,6 +153,7 @@ def _pulled(catalog: Catalog, job: Job, settings: Settings) -> Entry:
         hashes = {file.path: file.sha256 for file in fetched.files}
         origin = {**fetched.origin, "asked": [job.name, ""]}  # what `pull NAME` asks for, so it finds this
         entry = reservation.commit(origin=origin, hashes=hashes, overwrite=True)
+        settle(fetched)
     if source.kind == "path":
         state.note_signature(catalog, entry, signed)
     return entry

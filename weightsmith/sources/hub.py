@@ -1,89 +1,69 @@
 """Hugging Face hub: one commit of one repository, every file proved against the hub's own listing.
 
 1. The revision is resolved to a commit; everything after asks for that commit, so a moving branch cannot mix files.
-2. The tree of the commit is listed: path, size, and a hash of each file (SHA-256 of large files, else git's SHA-1 of
-   `blob SIZE\\0` + bytes). `choose` picks the checkpoint out of it; an index may only name files of this listing.
-3. Each file goes through huggingface_hub's cache (shared with other tools; a finished file is not fetched twice), is
-   linked or copied into the staging folder and hashed there. huggingface_hub compares sizes only, so a wrong hash is
-   fetched anew once, then refused.
+2. The tree of the commit is listed (see listing.py). `choose` picks the checkpoint out of it; an index may only name
+   files of this listing.
+3. A file that is on this machine already is linked or copied and hashed: from the catalog, from a run that did not
+   finish, from huggingface_hub's cache. Any other is downloaded in chunks (download.py) from the commit's plain address
+   (`resolve`), which every mirror serves; where the hub redirects from there (signed, to its content servers), no token
+   goes. Bytes with another hash than the listed one are fetched anew once, then refused.
 
-A dataset (`fetch_dataset`) goes the same way, one file of it.
+A dataset (`fetch_dataset`) goes the same way, one file of it, and stays below HOME/hub.
 
-The token is huggingface_hub's affair: it is read, sent and kept there and never seen here. The listing is kept under
-HOME/hub for `--offline`. This module is the only one that imports huggingface_hub.
+Listing, addresses and the token are huggingface_hub's affair. The token is sent to the endpoint alone and written
+nowhere. This module and hub_errors.py are the only ones that import it.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weightsmith.atomic import write_text
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UsageError, WeightsmithError
 from weightsmith.progress import Ticker, progress
-from weightsmith.sources import choose
-from weightsmith.sources.hub_errors import connection_errors, explain, is_passing
-from weightsmith.sources.source import COMMIT, SHA256, Fetched, FetchedFile, Source, bare_url, check_revision, check_url
-from weightsmith.store import locked, sha256_file, take_in
+from weightsmith.sources import choose, download, keep, pins
+from weightsmith.sources.hub_errors import connection_errors, explain, explain_refusal, is_passing
+from weightsmith.sources.listing import Listed, Listing, checked, prove, remember, remembered
+from weightsmith.sources.shelf import Shelf
+from weightsmith.sources.source import COMMIT, Fetched, FetchedFile, Source, bare_url, check_revision, check_url
+from weightsmith.store import take_in
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WAITS = (1.0, 4.0, 15.0)  # seconds before each further try of something that may pass by itself
 MAX_FILES = 100_000
 MAX_INDEX = 64 << 20
-MAX_LISTING = 64 << 20
 TIMEOUT = 30.0
-LONG = 1 << 30  # bytes from which hashing takes long enough to be shown
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One file of a commit: bytes, SHA-256 (large files only) and git blob SHA-1, as hex."""
-
-    size: int
-    sha256: str | None
-    sha1: str
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """One commit of one repository."""
-
-    repo: str
-    commit: str
-    files: dict[str, Listed]
-    licence: str | None
-    gated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """Where to ask and how. offline: only what the local caches hold. kind: "model" or "dataset"."""
+    """Where to ask and how. offline: only what this machine holds. kind: "model" or "dataset"."""
 
     endpoint: str
     repo: str
+    home: Path
     offline: bool
     ticker: Ticker | None = None
     kind: str = "model"
+    shelf: Shelf = field(default_factory=Shelf)
 
     @property
     def where(self) -> str:
         return f"hf://{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
-    def folder(self, home: Path) -> Path:
+    @property
+    def folder(self) -> Path:
         """Where listings of this repository are kept."""
-        return home / "hub" / f"{self.kind}s--{self.repo.replace('/', '--')}"
+        return self.home / "hub" / f"{self.kind}s--{self.repo.replace('/', '--')}"
 
 
 def fetch(
@@ -94,6 +74,7 @@ def fetch(
     revision: str | None = None,
     include: Sequence[str] = (),
     offline: bool = False,
+    allow_pickle: bool = False,
 ) -> Fetched:
     """Fetch the checkpoint in `source` (kind "hf") into folder `into`; `home` is the catalog's folder.
 
@@ -101,54 +82,58 @@ def fetch(
     (only pickles, hostile names), UsageError, and WeightsmithError when the network failed and a further run may do.
     """
     wanted = check_revision(revision or source.revision or "main", source.text)
-    session = _Session(_endpoint(), source.target, offline or _offline_mode())
-    listing = _listing(session, home, wanted)
-    names = choose.select(listing.files, include=include, where=session.where)
-    names = _follow_index(session, listing, names, explicit=bool(include))
+    session = _Session(_endpoint(), source.target, home, offline or _offline_mode(), shelf=Shelf(home))
+    listing = _listing(session, wanted)
+    names = choose.select(listing.files, include=include, where=session.where, allow_pickle=allow_pickle)
+    done: dict[str, FetchedFile] = {}
+    index = None if include else choose.index_in(names)
+    if index is not None:
+        names, done[index] = _follow_index(session, listing, names, index, into)
     places = choose.placed(names)
+    if source.files is not None:
+        plan = {places[name]: (listing.files[name].size, listing.files[name].sha256) for name in names}
+        pins.check(source.files, plan, where=f"{session.where}@{listing.commit}")
     total = sum(listing.files[name].size for name in names)
     log.info("%s at %s: %d files, %.2f GB", session.where, listing.commit[:12], len(names), total / 1e9)
-    files = []
     with progress(f"pull {source.target}", total) as ticker:
         running = replace(session, ticker=ticker)
         for name in names:
-            files.append(_take(running, listing, name, into / places[name], places[name]))
+            if name not in done:
+                done[name] = _take(running, listing, name, into / places[name], places[name])
     origin: dict[str, Any] = {"kind": "hf", "source": f"hf://{listing.repo}@{listing.commit}", "repo": listing.repo}
     origin |= {"commit": listing.commit, "revision": wanted, "endpoint": bare_url(session.endpoint)}
     origin |= {"licence": listing.licence, "gated": listing.gated}
-    return Fetched(into, tuple(files), origin)
+    kept = tuple(home / "downloads" / listing.files[name].identity for name in names)
+    return Fetched(into, tuple(done[name] for name in names), origin, kept)
 
 
 def fetch_dataset(
     repo: str, pick: Callable[[Iterable[str]], str], *, home: Path, revision: str | None = None, offline: bool = False
 ) -> tuple[Path, str]:
-    """One file of dataset `repo`, verified, in huggingface_hub's cache, and what it is by commit ("hf://datasets/...").
+    """One file of dataset `repo`, verified, below HOME/hub, and what it is by commit ("hf://datasets/...").
 
     pick: chooses the file from the names of the commit. Raises what `fetch` raises.
     """
     wanted = revision or "main"
-    session = _Session(_endpoint(), repo, offline or _offline_mode(), kind="dataset")
-    listing = _listing(session, home, wanted)
+    session = _Session(_endpoint(), repo, home, offline or _offline_mode(), kind="dataset")
+    listing = _listing(session, wanted)
     name = pick(listing.files)
-    with progress(f"pull {name}", listing.files[name].size) as ticker:
-        running = replace(session, ticker=ticker)
-        for again in (False, True):
-            cached = _download(running, listing, name, again=again)
-            _, wrong = _prove(cached, listing.files[name])
-            if not wrong:
-                return cached, f"{session.where}@{listing.commit}/{name}"
-            if session.offline:
-                break
-    raise IntegrityError(wrong, path=f"{session.where}/{name}", hint="The file is damaged in the cache or on its way.")
+    (choice,) = choose.check_all([name], where=session.where)
+    listed = listing.files[choice]
+    path = session.folder / "files" / listed.identity / choice.rpartition("/")[2]
+    if not path.is_file() or prove(path, listed)[1]:
+        with progress(f"pull {name}", listed.size) as ticker:
+            _take(replace(session, ticker=ticker), listing, choice, path, choice)
+        keep.drop([home / "downloads" / listed.identity])
+    return path, f"{session.where}@{listing.commit}/{name}"
 
 
-def _listing(session: _Session, home: Path, revision: str) -> Listing:
+def _listing(session: _Session, revision: str) -> Listing:
     """The files of the revision's commit: asked for and kept, or offline as kept."""
-    folder = session.folder(home)
     if session.offline:
-        return _remembered(folder, session, revision)
+        return remembered(session.folder, session.repo, revision, where=session.where)
     listing = _ask(session, revision)
-    _remember(folder, listing, revision)
+    remember(session.folder, listing, revision)
     return listing
 
 
@@ -171,7 +156,7 @@ def _ask(session: _Session, revision: str) -> Listing:
 
     api = HfApi(endpoint=session.endpoint, library_name="weightsmith")
     about = api.dataset_info if session.kind == "dataset" else api.model_info
-    info = _calling(session, revision, None, lambda: about(session.repo, revision=revision, timeout=TIMEOUT))
+    info = _calling(session, revision, lambda: about(session.repo, revision=revision, timeout=TIMEOUT))
     commit = str(info.sha or "")
     if not COMMIT.fullmatch(commit):
         raise IntegrityError(f"the hub names no commit for {revision!r}", path=session.where)
@@ -184,7 +169,7 @@ def _ask(session: _Session, revision: str) -> Listing:
         found = api.list_repo_tree(session.repo, revision=commit, recursive=True, repo_type=session.kind)
         return list(islice(found, MAX_FILES + 1))
 
-    entries = _calling(session, commit, None, tree)
+    entries = _calling(session, commit, tree)
     if len(entries) > MAX_FILES:
         raise UnsafeInputError(f"more than {MAX_FILES} files", path=session.where)
     card = info.card_data.to_dict() if info.card_data else {}
@@ -201,159 +186,103 @@ def _ask(session: _Session, revision: str) -> Listing:
 def _listed(entry: Any, session: _Session) -> Listed:
     lfs = entry.lfs
     size, sha256 = (lfs.size, lfs.sha256) if lfs else (entry.size, None)
-    return _checked(entry.path, {"size": size, "sha256": sha256, "sha1": entry.blob_id}, session)
+    return checked(entry.path, {"size": size, "sha256": sha256, "sha1": entry.blob_id}, session.where)
 
 
-def _checked(name: object, raw: object, session: _Session) -> Listed:
-    """The entry `raw` of a listing, from the hub or from disk; nothing is named after a hash that was not checked."""
-    if isinstance(name, str) and isinstance(raw, dict):
-        size, sha256, sha1 = raw.get("size"), raw.get("sha256"), raw.get("sha1")
-        sound = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 48
-        sound = sound and (sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None))
-        if sound and isinstance(sha1, str) and (COMMIT.fullmatch(sha1) or SHA256.fullmatch(sha1)):
-            return Listed(int(size), sha256, sha1)  # type: ignore[arg-type]
-    raise IntegrityError(f"the listing's entry for {name!r} has no sound size and hash", path=session.where)
-
-
-def _remember(folder: Path, listing: Listing, revision: str) -> None:
-    with locked(folder / ".lock"):
-        write_text(folder / f"{listing.commit}.json", json.dumps({"format": 1, **asdict(listing)}, indent=1))
-        refs = _read_json(folder / "refs.json")
-        known = refs if isinstance(refs, dict) else {}
-        write_text(folder / "refs.json", json.dumps({**known, revision: listing.commit}, indent=1))
-
-
-def _remembered(folder: Path, session: _Session, revision: str) -> Listing:
-    refs = _read_json(folder / "refs.json")
-    commit = refs.get(revision) if isinstance(refs, dict) else None
-    commit = revision if COMMIT.fullmatch(revision) else commit
-    raw = _read_json(folder / f"{commit}.json") if isinstance(commit, str) and COMMIT.fullmatch(commit) else None
-    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict) or not isinstance(commit, str):
-        raise NotFoundError(
-            f"offline, and revision {revision!r} was never pulled here",
-            path=session.where,
-            hint="Run the same pull once without --offline (and without HF_HUB_OFFLINE).",
-        )
-    files = {name: _checked(name, entry, session) for name, entry in raw["files"].items()}
-    licence = raw.get("licence")
-    return Listing(session.repo, commit, files, licence if isinstance(licence, str) else None, bool(raw.get("gated")))
-
-
-def _read_json(path: Path) -> object:
+def _follow_index(
+    session: _Session, listing: Listing, names: list[str], name: str, into: Path
+) -> tuple[list[str], FetchedFile]:
+    """The files to take when the index `name` says which shards there are, all of them listed; and the index, taken."""
+    if listing.files[name].size > MAX_INDEX:
+        raise UnsafeInputError(f"{name} is larger than {MAX_INDEX >> 20} MiB", path=session.where)
+    taken = _take(session, listing, name, into / name, name)
     try:
-        with open(path, "rb") as file:
-            found: object = json.loads(file.read(MAX_LISTING))
-            return found
-    except (OSError, ValueError):
-        return None
-
-
-def _follow_index(session: _Session, listing: Listing, names: list[str], *, explicit: bool) -> list[str]:
-    """With an index, the shards are what it names, all of them listed; without, `names` as they are."""
-    if explicit or choose.INDEX not in names:
-        return names
-    if listing.files[choose.INDEX].size > MAX_INDEX:
-        raise UnsafeInputError(f"{choose.INDEX} is larger than {MAX_INDEX >> 20} MiB", path=session.where)
-    cached = _download(session, listing, choose.INDEX, again=False)
-    try:
-        index = json.loads(cached.read_bytes())
+        index = json.loads((into / name).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise IntegrityError("not JSON", path=f"{session.where}/{choose.INDEX}") from error
-    shards = choose.shards_of(index, where=f"{session.where}/{choose.INDEX}")
-    missing = [name for name in shards if name not in listing.files]
+        raise IntegrityError("not JSON", path=f"{session.where}/{name}") from error
+    shards = choose.shards_of(index, where=f"{session.where}/{name}")
+    missing = [shard for shard in shards if shard not in listing.files]
     if missing:
         raise IntegrityError(
-            f"{choose.INDEX} names {missing[0]}, which the commit does not hold",
+            f"{name} names {missing[0]}, which the commit does not hold",
             path=session.where,
             hint="The repository is incomplete; try another revision.",
         )
-    kept = [name for name in names if not name.endswith(".safetensors")]
-    return choose.check_all(sorted({*kept, *shards}), where=session.where)
+    kept = [one for one in names if not one.endswith(".safetensors")]
+    return choose.check_all(sorted({*kept, *shards}), where=session.where), taken
 
 
 def _take(session: _Session, listing: Listing, name: str, target: Path, place: str) -> FetchedFile:
-    """Bring one file to `target`, verified. A wrong hash is fetched anew once: the cache may have gone bad."""
-    wrong = ""
-    for again in (False, True):
-        cached = _download(session, listing, name, again=again)
-        target.unlink(missing_ok=True)
-        take_in(cached, target)
-        found, wrong = _prove(target, listing.files[name])
-        if not wrong:
-            return FetchedFile(place, listing.files[name].size, found)
-        target.unlink()
+    """Bring one file to `target`, verified: from this machine if it is there, else from the hub."""
+    listed, where, wrong = listing.files[name], f"{session.where}/{name}", ""
+    target.unlink(missing_ok=True)
+    with keep.held(session.home, listed.identity) as folder:
+        for known in _known(session, listing, name, folder):
+            take_in(known, target)
+            sha256, wrong = prove(target, listed, session.ticker)
+            if not wrong:
+                return FetchedFile(place, listed.size, sha256)
+            target.unlink()
+            log.warning("%s is not what %s should be: %s", known, where, wrong)
         if session.offline:
-            break
-        log.warning("%s/%s: %s; fetching it again", session.where, name, wrong)
-    raise IntegrityError(
-        wrong,
-        path=f"{session.where}/{name}",
-        hint="The file is damaged in the cache. Pull without --offline."
-        if session.offline
-        else "The server or something between delivers other bytes than it lists. Nothing was kept.",
+            if wrong:
+                raise IntegrityError(wrong, path=where, hint="The copy here is damaged. Pull without --offline.")
+            hint = "Pull it once without --offline and HF_HUB_OFFLINE."
+            raise NotFoundError("offline, and not on this machine", path=where, hint=hint)
+        remote = _remote(session, listing, name)
+        for again in (False, True):
+            arrived, wrong = keep.bring(
+                folder, remote, lambda it: listed.fault(it.size, it.sha256, it.git), session.ticker
+            )
+            if not wrong:
+                take_in(keep.finished(folder), target)
+                return FetchedFile(place, listed.size, arrived.sha256)
+            if not again:
+                log.warning("%s: %s; fetching it again", where, wrong)
+    hint = "The server or something between delivers other bytes than it lists. Nothing was kept."
+    raise IntegrityError(wrong, path=where, hint=hint)
+
+
+def _known(session: _Session, listing: Listing, name: str, folder: Path) -> Iterator[Path]:
+    """Places on this machine that may hold the file, to be proved."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+
+    listed = listing.files[name]
+    if keep.finished(folder).is_file():
+        yield keep.finished(folder)
+        keep.finished(folder).unlink(missing_ok=True)  # asked for more: it was not what it should be
+    yield from session.shelf.holding(listed, name.rpartition("/")[2])
+    cached = try_to_load_from_cache(session.repo, name, revision=listing.commit, repo_type=session.kind)
+    if isinstance(cached, str) and Path(cached).is_file():
+        yield Path(cached)
+
+
+def _remote(session: _Session, listing: Listing, name: str) -> download.Remote:
+    from huggingface_hub import hf_hub_url  # noqa: PLC0415
+    from huggingface_hub.utils import build_hf_headers  # noqa: PLC0415
+
+    listed, options = listing.files[name], {"revision": listing.commit, "endpoint": session.endpoint}
+    token = {key: value for key, value in build_hf_headers().items() if key.lower() == "authorization"}
+    where = f"{session.where}/{name}"
+    return download.Remote(
+        url=hf_hub_url(session.repo, name, repo_type=session.kind, **options),
+        where=where,
+        size=listed.size,
+        identity=listed.identity,
+        secret=token,
+        refuse=lambda refusal: explain_refusal(refusal, repo=session.repo, revision=listing.commit, where=where),
+        git=listed.git,
     )
 
 
-def _prove(path: Path, listed: Listed) -> tuple[str, str]:
-    """The SHA-256 of `path`, and what is wrong with it ("" when it is what was listed)."""
-    size = path.stat().st_size
-    if size != listed.size:
-        return "", f"{size} bytes, {listed.size} are listed"
-    if size < LONG:
-        sha256 = sha256_file(path)
-    else:
-        with progress(f"verify {path.name}", size) as ticker:
-            sha256 = sha256_file(path, ticker)
-    if listed.sha256 is not None:
-        return sha256, "" if sha256 == listed.sha256 else f"sha256 is {sha256}, {listed.sha256} is listed"
-    # git's own object hash; repositories in git's newer object format use SHA-256 for it
-    digest = hashlib.sha1(usedforsecurity=False) if len(listed.sha1) == 40 else hashlib.sha256()
-    digest.update(b"blob %d\0" % size)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
-    return sha256, "" if found == listed.sha1 else f"git hash is {found}, {listed.sha1} is listed"
-
-
-def _download(session: _Session, listing: Listing, name: str, *, again: bool) -> Path:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415
-
-    options: dict[str, Any] = {"revision": listing.commit, "endpoint": session.endpoint, "force_download": again}
-    if session.offline:
-        options["local_files_only"] = True
-    options |= {"tqdm_class": _bar(session.ticker), "repo_type": session.kind}
-    call = functools.partial(hf_hub_download, session.repo, name, library_name="weightsmith", **options)
-    return Path(_calling(session, listing.commit, name, call))
-
-
-def _bar(ticker: Ticker | None) -> type:
-    """huggingface_hub's own progress bar class, silent, counting on ours."""
-    from huggingface_hub.utils import tqdm  # noqa: PLC0415
-
-    class Counting(tqdm):  # type: ignore[misc]
-        """Shows nothing itself."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            if ticker is not None and n:
-                ticker.update(int(n))
-
-    return Counting
-
-
-def _calling(session: _Session, revision: str, name: str | None, call: Callable[[], T]) -> T:
+def _calling(session: _Session, revision: str, call: Callable[[], T]) -> T:
     """Run `call`, trying again what may pass by itself; raise what went wrong in our words."""
-    for wait in (*WAITS, None):
+    for wait in (*download.WAITS, None):
         try:
             return call()
         except connection_errors() as error:
             if wait is None or session.offline or not is_passing(error):
-                raise explain(
-                    error, repo=session.repo, revision=revision, name=name, offline=session.offline
-                ) from error
+                raise explain(error, repo=session.repo, revision=revision, where=session.where) from error
             log.warning("%s: %s; trying again in %.0f s", session.where, type(error).__name__, wait)
             time.sleep(wait)
     raise AssertionError("unreachable")

@@ -10,7 +10,10 @@ Without a token the hub answers 401 both for what does not exist and for what is
 | RepoNotFound, 401 | no | NotFoundError: no such repository, or it is private |
 | RepoNotFound | yes | NotFoundError: no such repository for this account |
 | RevisionNotFound, EntryNotFound | any | NotFoundError |
-| 429, 5xx, no connection | any | WeightsmithError: run again, what is finished is kept |
+| 429, 5xx, no connection | any | WeightsmithError: run again, what has arrived is kept |
+
+The listing comes through huggingface_hub, whose exceptions are read here; files come through our own client, whose
+`Refused` carries the same codes.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from __future__ import annotations
 import errno
 
 from weightsmith.errors import AccessError, NotFoundError, ResourceError, WeightsmithError
+from weightsmith.sources.connection import Refused
 
 PASSING = (408, 429, 500, 502, 503, 504)
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_AGAIN = "Run the same command again: what has arrived is kept and is not fetched twice."
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -49,55 +54,76 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, (OSError, vars(errors)["HTTPError"]))
 
 
-def explain(error: BaseException, *, repo: str, revision: str, name: str | None, offline: bool) -> WeightsmithError:
-    """The error to raise for `error`, met while asking for `name` (or the listing) of `repo` at `revision`."""
+def explain(error: BaseException, *, repo: str, revision: str, where: str) -> WeightsmithError:
+    """The error to raise for `error`, which huggingface_hub met while asking about `repo` at `revision`."""
     from huggingface_hub import errors  # noqa: PLC0415
 
-    where = f"hf://{repo}/{name}" if name else f"hf://{repo}"
     cause = _root(error)
-    if offline or isinstance(cause, errors.OfflineModeIsEnabled):
-        return NotFoundError(
-            "offline, and not in the local cache", path=where, hint="Pull it once without --offline and HF_HUB_OFFLINE."
-        )
-    if isinstance(cause, errors.GatedRepoError) or _status(cause) in (401, 403):
-        refusal = _refusal(cause, repo, where)
-        if refusal is not None:
-            return refusal
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return _no_repository(repo, where)
-    if isinstance(cause, errors.RevisionNotFoundError):
-        hint = f"See the branches and tags at https://huggingface.co/{repo}/tree/main."
-        return NotFoundError(f"no revision {revision!r}", path=where, hint=hint)
-    if isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError):
-        return NotFoundError(f"no such file at revision {revision!r}", path=where)
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        hint = "Pull it once without --offline and HF_HUB_OFFLINE."
+        return NotFoundError("offline, and not on this machine", path=where, hint=hint)
+    status = _status(cause)
+    codes = {
+        "GatedRepo": errors.GatedRepoError,
+        "RepoNotFound": errors.RepositoryNotFoundError,
+        "RevisionNotFound": errors.RevisionNotFoundError,
+        "EntryNotFound": errors.EntryNotFoundError,
+    }
+    code = next((code for code, kind in codes.items() if isinstance(cause, kind)), "")
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        code = ""
+    refusal = _by_code(code, status, repo, revision, where)
+    if refusal is not None:
+        return refusal
     if isinstance(cause, OSError) and cause.errno in _LOCAL:
         kind = ResourceError if cause.errno in (errno.ENOSPC, errno.EDQUOT) else WeightsmithError
         hint = "The cache is at $HF_HOME; free some space there or set HF_HOME to a larger disk."
         return kind(f"cannot write to the Hugging Face cache ({cause.strerror})", path=where, hint=hint)
-    again = "Run the same command again: finished files are kept in the Hugging Face cache and are not fetched twice."
-    status = _status(cause)
     if status is not None:
         told = "asks to slow down" if status == 429 else "failed"
-        return WeightsmithError(f"the hub {told} (HTTP {status})", path=where, hint=again)
+        return WeightsmithError(f"the hub {told} (HTTP {status})", path=where, hint=_AGAIN)
     if is_passing(cause):
-        return WeightsmithError(f"the connection failed ({_short(cause)})", path=where, hint=again)
+        return WeightsmithError(f"the connection failed ({_short(cause)})", path=where, hint=_AGAIN)
     return WeightsmithError(
         f"the answer is not one of a hub ({_short(cause)})", path=where, hint="Check HF_ENDPOINT, proxy and firewall."
     )
 
 
-def _refusal(cause: BaseException, repo: str, where: str) -> WeightsmithError | None:
-    from huggingface_hub import errors, get_token  # noqa: PLC0415
+def explain_refusal(refusal: Refused, *, repo: str, revision: str, where: str) -> WeightsmithError:
+    """The error to raise for a file that the hub refuses to send."""
+    code = refusal.code
+    if not code and refusal.status == 401 and "invalid credentials" not in refusal.message.lower():
+        code = "RepoNotFound"  # as huggingface_hub reads a bare 401
+    if not code and refusal.status in (404, 410):
+        code = "EntryNotFound"
+    found = _by_code(code, refusal.status, repo, revision, where)
+    return found or WeightsmithError(f"the hub failed (HTTP {refusal.status})", path=where, hint=_AGAIN)
+
+
+def _by_code(code: str, status: int | None, repo: str, revision: str, where: str) -> WeightsmithError | None:
+    """The refusal that the hub's X-Error-Code, or a bare status, means; None for what is no refusal."""
+    if code == "RepoNotFound":
+        return _no_repository(repo, where)
+    if code == "RevisionNotFound":
+        hint = f"See the branches and tags at https://huggingface.co/{repo}/tree/main."
+        return NotFoundError(f"no revision {revision!r}", path=where, hint=hint)
+    if code == "EntryNotFound":
+        return NotFoundError(f"no such file at revision {revision!r}", path=where)
+    if code == "GatedRepo" or status in (401, 403):
+        return _no_access(repo, where, gated=code == "GatedRepo")
+    return None
+
+
+def _no_access(repo: str, where: str, *, gated: bool) -> AccessError:
+    from huggingface_hub import get_token  # noqa: PLC0415
 
     page = f"https://huggingface.co/{repo}"
-    if isinstance(cause, errors.GatedRepoError):
-        if get_token() is None:
-            hint = f"Accept the licence at {page}, then {_LOGIN}."
-            return AccessError("this repository is gated and no token was found", path=where, hint=hint)
+    if gated and get_token() is None:
+        hint = f"Accept the licence at {page}, then {_LOGIN}."
+        return AccessError("this repository is gated and no token was found", path=where, hint=hint)
+    if gated:
         hint = f"Accept it at {page} with the account of your token; some owners grant access only after a while."
         return AccessError("the licence was not accepted for this token's account", path=where, hint=hint)
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return None
     if get_token() is None:
         return AccessError("access needs a token and none was found", path=where, hint=f"To log in, {_LOGIN}.")
     return AccessError("the token is refused: wrong, expired or too narrow", path=where, hint=f"To log in, {_LOGIN}.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ MAX_TEXT = 4096
 class Source:
     """One source. text: as written. target: see the module's table. revision: a branch, tag, commit or version.
 
-    sha256: pin of the single file (url) or of the wheel (pypi).
+    sha256: pin of the single file (url) or of the wheel (pypi). files: pins of all files, bytes and SHA-256 by path.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Source:
     target: str
     revision: str | None = None
     sha256: str | None = None
+    files: Mapping[str, tuple[int, str | None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,13 @@ class Fetched:
 
     origin always has `kind` and `source`; further keys by kind: repo, commit, url, etag, package, version, wheel,
     wheel_sha256, path, licence, gated, registry. It never holds a token or the query of a URL.
+    kept: what may be dropped once the files are safe (`sources.settle`).
     """
 
     folder: Path
     files: tuple[FetchedFile, ...]
     origin: dict[str, Any] = field(default_factory=dict)
+    kept: tuple[Path, ...] = ()
 
 
 def parse(text: str) -> Source:
