@@ -60,6 +60,7 @@ class Request:
     path: str
     headers: dict[str, str]
     port: int
+    client: int = 0  # the port that the other side speaks from: one for each connection
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Faults:
     encoding: str | None = None
     retry_after: str = "0"
     longer: int = 0  # bytes that a file has more than it should, by what the server announces
+    gate: Callable[[Request], bool] | None = None  # whether a request is answered; else it gets `status`
     pace: float = 0.0  # seconds before each block of a body
 
 
@@ -138,10 +140,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, hub.port)
+            request.client = self.client_address[1]
             hub.log.append(request)
             faults = hub.faults
             if faults.on_request:
                 faults.on_request(request)
+            if faults.gate is not None and not faults.gate(request):
+                self.send(faults.status, b"", {"Retry-After": faults.retry_after})
+                return
             if faults.times and faults.match in self.path:
                 faults.times -= 1
                 self.send(faults.status, b"", {"Retry-After": faults.retry_after})

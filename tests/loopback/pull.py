@@ -25,17 +25,23 @@ def run_pull(home: Path, source: str, *, env: dict[str, str] | None = None, **op
 
     "said" holds all that the process wrote to stdout and stderr.
     """
+    child = start_pull(home, source, env=env, **options)
+    stdout, stderr = child.communicate(timeout=120)
+    try:
+        answer: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise AssertionError(f"no answer; stderr:\n{stderr}") from error
+    return {**answer, "said": stdout + stderr}
+
+
+def start_pull(home: Path, source: str, *, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start what `run_pull` runs."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "WEIGHTSMITH_WHEELS"}
     clean |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "hf")}
     clean |= {"WEIGHTSMITH_HOME": str(home / "weightsmith"), "PYTHONPATH": str(ROOT), **(env or {})}
     home.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.loopback.pull", source, json.dumps(options)]
-    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120, check=False)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        raise AssertionError(f"no answer; stderr:\n{done.stderr}") from error
-    return {**answer, "said": done.stdout + done.stderr}
+    return subprocess.Popen(command, cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def take(catalog: Catalog, text: str, *, name: str | None = None, tag: str = "original", **options: Any) -> Entry:
@@ -44,7 +50,8 @@ def take(catalog: Catalog, text: str, *, name: str | None = None, tag: str = "or
     with catalog.reserve(name or catalog_name(source), tag) as reservation:
         fetched = fetch(source, reservation.folder, home=catalog.home, **options)
         hashes = {file.path: file.sha256 for file in fetched.files}
-        entry = reservation.commit(origin=fetched.origin, hashes=hashes)
+        allow_pickle = options.get("allow_pickle", False)
+        entry = reservation.commit(origin=fetched.origin, hashes=hashes, allow_pickle=allow_pickle)
         settle(fetched)
         return entry
 
@@ -63,6 +70,7 @@ def main() -> None:
     else:
         files = {file.path: file.sha256 for file in entry.files}
         answer = {"ok": entry.ref, "files": files, "origin": entry.origin, "path": str(entry.path)}
+        answer["container"] = entry.container
         answer |= {"licence": entry.licence, "modules": sorted(sys.modules)}
     print(json.dumps(answer))
 

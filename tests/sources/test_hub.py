@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.loopback.hub import Hub, Request
-from tests.loopback.pull import run_pull
+from tests.loopback.pull import run_pull, start_pull
+from tests.native import write_meta, write_mistral
 
 REPO = "org/Tiny-Llama"
 TOKEN = "hf_secretSECRETsecret0123456789"
@@ -320,6 +321,63 @@ def test_a_damaged_checkpoint_never_becomes_an_entry(hub: Hub, tmp_path: Path, l
 
 
 @pytest.mark.slow
+def test_a_killed_pull_goes_on_where_it_was(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    """Finished files are not fetched again, and of the one under way at most a chunk for each connection."""
+    hub.add(REPO, llama_files)
+    total, chunk, kills = sum(map(len, llama_files.values())), 20_000, 4
+    hub.faults.pace = 0.05
+    for number in range(kills):
+        child = start_pull(tmp_path, f"hf://{REPO}", env=env(hub), chunk=chunk)
+        while child.poll() is None and hub.served < (number + 1) * total // (kills + 1):
+            time.sleep(0.002)
+        child.kill()
+        child.wait()
+    assert not (tmp_path / "weightsmith" / "models").exists()
+    hub.faults.pace = 0
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), chunk=chunk)
+    assert got["files"] == {name: sha256(data) for name, data in llama_files.items()}
+    assert hub.served <= total + kills * 4 * chunk
+    assert not list((tmp_path / "weightsmith" / "downloads").iterdir()), "nothing is kept twice"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_wrong_length_is_refused(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], name: str) -> None:
+    hub.add(REPO, llama_files)
+    hub.faults.corrupt[name] = llama_files[name] + b"x"
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("IntegrityError", 3)
+    assert name in got["text"]
+    assert f"{len(llama_files[name])} are listed" in got["text"]
+    assert not (tmp_path / "weightsmith" / "models").exists()
+
+
+def test_access_that_ends_under_way(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    """The files themselves are refused, not the listing: gated and gone are still told apart."""
+    hub.add(REPO, llama_files)
+    hub.faults.on_request = lambda request: setattr(hub.repos[REPO], "gated", "/resolve/" in request.path)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("AccessError", 7)
+    assert "gated and no token" in got["text"]
+
+
+@pytest.mark.slow
+def test_the_originals_of_meta_and_mistral(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    write_meta(tmp_path / "meta")
+    meta = {f"original/{path.name}": path.read_bytes() for path in (tmp_path / "meta").iterdir()}
+    hub.add(REPO, {**llama_files, **meta})
+    refused = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), include=["original/*"])
+    assert (refused["error"], refused["exit"]) == ("UnsafeInputError", 4)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), include=["original/*"], allow_pickle=True)
+    assert got["files"] == {name.removeprefix("original/"): sha256(data) for name, data in meta.items()}
+    assert got["container"] == "meta"
+    write_mistral(tmp_path / "mistral", form="sharded")
+    hub.add("org/Native", {path.name: path.read_bytes() for path in (tmp_path / "mistral").iterdir()})
+    got = run_pull(tmp_path, "hf://org/Native", env=env(hub))
+    assert got["container"] == "mistral"
+    assert len(got["files"]) == 4
+
+
+@pytest.mark.slow
 def test_two_pulls_at_once(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
     hub.add(REPO, llama_files)
     hub.faults.on_request = lambda request: time.sleep(0.02)
@@ -333,3 +391,4 @@ def test_two_pulls_at_once(hub: Hub, tmp_path: Path, llama_files: dict[str, byte
     for thread in threads:
         thread.join()
     assert [result.get("ok") for result in results] == ["tiny-llama:original"] * 2
+    assert hub.served == sum(map(len, llama_files.values())), "each file is fetched by one of them"

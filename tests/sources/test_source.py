@@ -147,6 +147,44 @@ def test_safetensors_choice(names: list[str], include: list[str], chosen: list[s
     assert got == sorted([*want, *SIDE])
 
 
+NATIVE = ["params.json", "tekken.json", "tokenizer.model.v3", "tokenizer.model.v7m1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["consolidated.safetensors", "consolidated-00001-of-00001.safetensors"], ["consolidated.safetensors"]),
+        (
+            ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors", choose.VENDOR_INDEX],
+            None,
+        ),
+        (["model-1.safetensors", choose.INDEX, "consolidated-1.safetensors", choose.VENDOR_INDEX], 2),
+        (["consolidated.00.pth", "consolidated.01.pth", "pytorch_model.bin"], 2),
+        (["consolidated.00.pt"], None),
+    ],
+)
+def test_original_forms(names: list[str], chosen: list[str] | int | None) -> None:
+    want = names if chosen is None else names[:chosen] if isinstance(chosen, int) else chosen
+    got = choose.select([*names, *NATIVE, "x.py", "tokenizer.model.old"], where="here", allow_pickle=True)
+    assert got == sorted([*want, *NATIVE])
+    assert choose.index_in(got) == next((name for name in want if name.endswith(".index.json")), None)
+
+
+def test_pickles_only_on_demand_and_one_folder_of_them() -> None:
+    names = ["config.json", "original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"]
+    with pytest.raises(UnsafeInputError, match="--allow-pickle"):
+        choose.select(names, include=["original/*"], where="here")
+    got = choose.select([*names, "LICENSE"], include=["original/*"], where="here", allow_pickle=True)
+    assert sorted(choose.placed(got).values()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    two = ["original/mp8/consolidated.00.pth", "original/mp16/consolidated.00.pth"]
+    with pytest.raises(UsageError, match="2 folders"):
+        choose.select(two, include=["original/*"], where="here", allow_pickle=True)
+    both = ["consolidated.00.pth", "model.safetensors"]
+    assert choose.select(both, where="here", allow_pickle=True) == ["model.safetensors"], "never without need"
+    with pytest.raises(UnsafeInputError):
+        choose.select(["pytorch_model.bin"], where="here", allow_pickle=True)
+
+
 def test_gguf_choice() -> None:
     assert choose.select(["m.gguf", "config.json", "m.bin"], where="here") == ["m.gguf"]
     splits = [f"m-0000{k}-of-00002.gguf" for k in (1, 2)]
