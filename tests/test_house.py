@@ -26,6 +26,7 @@ LAYERS = (
             "weightsmith.locate",
             "weightsmith.sources",
             "weightsmith.pull",
+            "weightsmith.lock",
             "weightsmith.derive",
             "weightsmith.texts",
             "weightsmith.aliases",

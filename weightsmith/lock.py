@@ -9,6 +9,7 @@
     source = "hf://org/Tiny-Llama"               # where it lies; a registry name is resolved
     revision = "main"
     commit = "3f5e..."
+    licence = "apache-2.0"
     files = [
       { path = "config.json", size = 651, sha256 = "..." },
     ]
@@ -41,13 +42,13 @@ from weightsmith.store import Entry, File, locked
 NAME = "weights.lock"
 MAX_BYTES = 64 << 20
 _HEAD = "# Written by `weightsmith pull SOURCE --lock`; `weightsmith pull --locked` pulls exactly this.\nformat = 1\n"
-_WORDS = ("revision", "commit", "version", "wheel_sha256")
+_WORDS = ("revision", "commit", "version", "wheel_sha256", "licence")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """One model of a lock. pins: revision, commit, version, wheel_sha256, as far as its kind of source has them."""
+    """One model of a lock. pins: revision, commit, version, wheel_sha256 and licence, as far as its source has them."""
 
     name: str
     tag: str

@@ -75,7 +75,7 @@ def pull_locked(
             continue
         options = {"include": one.include, "offline": offline, "allow_pickle": allow_pickle}
         where = one.name, one.tag
-        pins = {"revision": one.pins["revision"]} if "revision" in one.pins else {}
+        pins: dict[str, str] = {word: one.pins[word] for word in ("revision", "licence") if word in one.pins}
         entry = _take(
             catalog, one.to_source(), where, asked=list(one.asked), overwrite=overwrite, options=options, more=pins
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -104,7 +107,7 @@ def test_a_part_of_another_file_is_dropped(hub: Hub, tmp_path: Path) -> None:
 
 def test_no_ranges_means_one_stream(hub: Hub, tmp_path: Path) -> None:
     hub.faults.ranges = False
-    hub.faults.cut, hub.faults.cuts = 1000, 5
+    hub.faults.cut, hub.faults.cuts = 1000, 2
     got = download.download(remote(hub), tmp_path / "data.part")
     assert (got.sha256, (tmp_path / "data.part").read_bytes()) == (SHA256, DATA)
 
@@ -257,6 +260,59 @@ def test_https_goes_through_the_proxy_and_the_token_through_the_tunnel_only(monk
     assert b"hf_x" not in heard[0]
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_chunks_come_over_tls_through_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate is checked against the host that was asked for, not against the proxy."""
+    host, key, certificate = "hub.example.org", tmp_path / "key", tmp_path / "certificate"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={host}"]
+    make += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    hub = Hub()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.server.socket = context.wrap_socket(hub.server.socket, server_side=True)
+    heard: list[bytes] = []
+    proxy = tunnel(hub.port, heard)
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy}")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    connection._trust.cache_clear()
+    try:
+        far = remote(hub, url=f"https://{host}/plain/m.gguf", secret={"Authorization": "Bearer hf_x"})
+        assert download.download(far, tmp_path / "data.part").sha256 == SHA256
+        assert len(heard) <= download.CONNECTIONS, "a tunnel is used again"
+        assert all(words.startswith(b"CONNECT hub.example.org:443 ") and b"hf_x" not in words for words in heard)
+        assert all(request.headers["authorization"] == "Bearer hf_x" for request in hub.log)
+        with pytest.raises(WeightsmithError, match="certificate is not trusted"):
+            download.download(replace(far, url="https://other.example.org/plain/m.gguf"), tmp_path / "other.part")
+    finally:
+        connection._trust.cache_clear()
+        hub.close()
+
+
+def tunnel(to: int, heard: list[bytes]) -> int:
+    """A proxy that leads every CONNECT to the local port `to`; returns its own."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            peer, _ = server.accept()
+            heard.append(peer.recv(65536))
+            far = socket.create_connection(("127.0.0.1", to))
+            peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            for one, other in ((peer, far), (far, peer)):
+                threading.Thread(target=pump, args=(one, other), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return int(server.getsockname()[1])
+
+
 def test_other_kinds_of_proxy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
     monkeypatch.setenv("no_proxy", "")
@@ -282,16 +338,17 @@ print(got.sha256)
 
 def killed_again_and_again(hub: Hub, part: Path, kills: int, *, seed: int) -> None:
     """Kill the puller at random bytes; the file comes out right, and little is fetched twice."""
-    random_ = random.Random(seed)
-    hub.plain["m.gguf"] = DATA
-    hub.faults.pace = 0.004
-    command = [sys.executable, "-c", _CHILD, f"{hub.endpoint}/plain/m.gguf", str(len(DATA)), SHA256, str(STEP)]
+    random_, step = random.Random(seed), 100_000
+    data = random_.randbytes(16_000_017)
+    sha256 = hashlib.sha256(data).hexdigest()
+    hub.plain["m.gguf"] = data
+    hub.faults.pace = 0.008
+    command = [sys.executable, "-c", _CHILD, f"{hub.endpoint}/plain/m.gguf", str(len(data)), sha256, str(step)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = 0
     for _ in range(kills):
-        begun = hub.served
+        begun, wanted = hub.served, random_.randrange(1, len(data) // kills)
         child = subprocess.Popen([*command, str(part)], env=env, stdout=subprocess.DEVNULL)
-        wanted = random_.randrange(1, 2 * len(DATA) // kills)
         while child.poll() is None and hub.served - begun < wanted:
             time.sleep(0.001)
         if child.poll() is None:
@@ -300,10 +357,10 @@ def killed_again_and_again(hub: Hub, part: Path, kills: int, *, seed: int) -> No
         child.wait()
     hub.faults.pace = 0
     last = subprocess.run([*command, str(part)], env=env, capture_output=True, text=True, check=True)
-    assert last.stdout.strip() == SHA256
-    assert part.read_bytes() == DATA
+    assert last.stdout.strip() == sha256
+    assert part.read_bytes() == data
     assert done > kills // 2
-    assert hub.served <= len(DATA) + done * download.CONNECTIONS * STEP, "at most one chunk for each connection"
+    assert hub.served <= len(data) + done * download.CONNECTIONS * step, "at most one chunk for each connection"
 
 
 def test_killed_at_random_bytes(hub: Hub, tmp_path: Path) -> None:

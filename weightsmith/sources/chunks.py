@@ -131,7 +131,6 @@ class Board:
         self._done = set(done)
         self._ended = False
         self._workers = 0
-        self._moved = 0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
@@ -140,18 +139,12 @@ class Board:
         """How many chunks nobody has taken yet."""
         return len(self._todo)
 
-    @property
-    def moved(self) -> int:
-        """Bytes that arrived so far, on all connections."""
-        return self._moved
-
     def is_done(self, chunk: Chunk) -> bool:
         """Whether `chunk` is written."""
         return chunk in self._done
 
-    def arrived(self, nbytes: int) -> None:
-        """Count bytes that arrived; raise Stopped if the download has failed."""
-        self._moved += nbytes
+    def go_on(self) -> None:
+        """Raise Stopped if the download has failed."""
         if self._failure is not None:
             raise Stopped
 

@@ -143,6 +143,13 @@ class Client:
                 if not used_before:
                     raise
                 return _send(connection, url, headers)  # the server had closed an idle connection
+        except ssl.SSLCertVerificationError as error:
+            self.drop(url)
+            raise WeightsmithError(
+                f"the server's certificate is not trusted ({error.verify_message})",
+                path=bare_url(url),
+                hint="Behind a proxy that opens TLS, name its certificate in SSL_CERT_FILE.",
+            ) from error
         except _HTTP_ERRORS as error:
             self.drop(url)
             raise Passing(f"no connection ({type(error).__name__})") from error

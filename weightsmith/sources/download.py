@@ -13,7 +13,7 @@ last byte. A chunk that breaks off goes on where it stopped. What must not be mi
 - with neither, or where ranges are not served, the file comes as one stream and nothing of it is resumed.
 
 What may pass is tried again after `WAITS`, or after what the server asks for (`Retry-After`). A connection that brings
-nothing any more while others do is given up alone, so a server that allows two gets two.
+nothing any more is given up alone while there are others, so a server that allows two gets two.
 
 The caller holds a lock on the part and compares the hash: until then the bytes are only what somebody sent.
 """
@@ -42,7 +42,7 @@ CHUNK = 16 << 20
 CONNECTIONS = 4
 WAITS = (1.0, 4.0, 15.0)  # seconds before each further try that brought nothing new
 MAX_BYTES = 1 << 42
-_BLOCK = 1 << 20
+_BLOCK = 256 << 10
 _RESTARTS = 4
 _PATIENCE = 5.0  # seconds for a thread to notice that the download has ended
 _RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})")
@@ -273,7 +273,7 @@ class _Transfer:
 
     def _fetch(self, client: Client, chunk: Chunk, answer: Answer | None) -> bool:
         """Fetch one chunk, as often as it takes; False if this connection was given up and others go on."""
-        digest, at, waits, seen = hashlib.sha256(), chunk.start, list(WAITS), self.board.moved
+        digest, at, waits = hashlib.sha256(), chunk.start, list(WAITS)
         while at < chunk.stop:
             before = at
             try:
@@ -287,7 +287,7 @@ class _Transfer:
                     client.drop(answer.url)
                 waits = list(WAITS) if at > before else waits
                 if not waits:
-                    if self.board.moved - seen > at - chunk.start and self.board.leave(chunk):
+                    if self.board.leave(chunk):
                         self.count(chunk.start - at)
                         log.info("%s: %s; going on with fewer connections", self.remote.where, stop)
                         return False
@@ -363,7 +363,7 @@ class _Transfer:
                     written += os.pwrite(self.handle, buffer[written:nbytes], at + written)
             at += nbytes
             self.count(nbytes)
-            self.board.arrived(nbytes)
+            self.board.go_on()
             yield nbytes
         if answer.read_into(memoryview(bytearray(1))):
             raise self._other_size("more")

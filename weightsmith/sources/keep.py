@@ -13,6 +13,7 @@ killed at its last file has the others. `drop` takes them away then; what is lef
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +24,17 @@ from weightsmith.atomic import disk_errors
 from weightsmith.progress import Ticker
 from weightsmith.sources import chunks
 from weightsmith.sources.download import Arrived, Remote, download
-from weightsmith.store import locked
+from weightsmith.store import is_free, locked
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def held(home: Path, key: str) -> Iterator[Path]:
     """The folder of the download `key` (a plain file name), locked; waits for whoever else has it."""
     folder = home / "downloads" / key
+    if not is_free(folder / ".lock"):
+        log.info("another process is fetching this file; waiting for it")
     with locked(folder / ".lock"):
         yield folder
 
