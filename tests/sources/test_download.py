@@ -194,10 +194,10 @@ def test_a_signed_address_that_expires_is_asked_for_again(hub: Hub, tmp_path: Pa
     try:
         cdn.plain["m.gguf"] = DATA
         hub.faults.plain_redirect = f"{cdn.endpoint}/plain/m.gguf"
-        cdn.faults.gate = lambda request: len(cdn.log) != 9
+        cdn.faults.gate = lambda request: len(cdn.log) not in (9, 14)
         cdn.faults.status = 403
         assert download.download(remote(hub), tmp_path / "data.part").sha256 == SHA256
-        assert 1 < len(hub.log) <= 2 * download.CONNECTIONS
+        assert 1 < len(hub.log) <= 3 * download.CONNECTIONS
     finally:
         cdn.close()
 

@@ -288,6 +288,15 @@ def test_hostile_hashes_in_the_listing(hub: Hub, tmp_path: Path, change: dict[st
     assert asked(hub) == []
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_comes(hub: Hub, tmp_path: Path) -> None:
+    hub.add(REPO, {"model.safetensors": b"x" * 99})
+    lfs = {"oid": "0" * 64, "size": 1 << 47, "pointerSize": 130}
+    hub.faults.tree = [{"type": "file", "path": "model.safetensors", "size": 1 << 47, "oid": "0" * 40, "lfs": lfs}]
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("ResourceError", 6)
+    assert asked(hub) == []
+
+
 def test_names_that_differ_in_case_only(hub: Hub, tmp_path: Path) -> None:
     hub.add(REPO, {"a-Model.safetensors": b"x", "A-model.safetensors": b"y"})
     got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))

@@ -85,9 +85,8 @@ def command(
         emit({"locked": told}, "\n\n".join(map(_text, entries)) or "The lock is empty.", as_json=as_json)
         return
     if source is None:
-        hint = (
-            f"If {lock} is the source, write it before --lock." if lock is not None else "See weightsmith pull --help."
-        )
+        before = "The word after --lock is its FILE: write SOURCE before it, or --lock=FILE."
+        hint = before if lock is not None else "See weightsmith pull --help."
         raise UsageError("no SOURCE", hint=hint)
     entry = pull(
         Catalog(),

@@ -56,11 +56,11 @@ class Passing(Exception):  # noqa: N818  (a signal, not an error: whoever asks t
 
 
 class Refused(Exception):  # noqa: N818  (a signal: the source knows the words for it)
-    """The server will not: status, and the hub's own X-Error-Code and X-Error-Message ("" elsewhere)."""
+    """The server of `url` will not: status, and the hub's own X-Error-Code and X-Error-Message ("" elsewhere)."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, url: str, status: int, code: str = "", message: str = "") -> None:
         super().__init__(f"HTTP {status}")
-        self.status, self.code, self.message = status, code, message
+        self.url, self.status, self.code, self.message = url, status, code, message
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Client:
         if status in (408, 429) or status >= 500:
             raise Passing(f"HTTP {status}", wait_asked(dict(response.headers)))
         code, message = (response.headers.get(f"X-Error-{key}", "")[:300] for key in ("Code", "Message"))
-        raise Refused(status, code, message)
+        raise Refused(url, status, code, message)
 
     def _finish(self, url: str, response: http.client.HTTPResponse) -> None:
         """Read a body that nobody wants, if it is short, so that the connection can be used again."""

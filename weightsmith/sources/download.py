@@ -46,7 +46,7 @@ _BLOCK = 256 << 10
 _RESTARTS = 4
 _PATIENCE = 5.0  # seconds for a thread to notice that the download has ended
 _RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})")
-_EXPIRED = (400, 401, 403, 404, 410)  # what a signed address answers when its time is over
+_EXPIRED = (400, 401, 403)  # what a signed address answers when its time is over
 
 
 def _refused(refusal: Refused) -> WeightsmithError:
@@ -311,9 +311,10 @@ class _Transfer:
         try:
             answer = client.get(located or self.remote.url, headers, None if located else self.remote.secret)
         except Refused as refusal:
-            if located and refusal.status in _EXPIRED:
-                self.located = None
-                return self._ask(client, at, chunk)
+            signed = origin(refusal.url) != origin(self.remote.url) and refusal.status in _EXPIRED
+            if located or signed:
+                self.located = None  # the next try is told a fresh one
+                raise Passing(f"the address that was given has expired ({refusal})") from refusal
             if refusal.status == 416:
                 raise self._other_size("less than was asked for") from refusal
             raise self.remote.refuse(refusal) from refusal

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weightsmith.atomic import need_space
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UsageError, WeightsmithError
 from weightsmith.progress import Ticker, progress
 from weightsmith.sources import choose, download, keep, pins
@@ -95,6 +96,8 @@ def fetch(
         pins.check(source.files, plan, where=f"{session.where}@{listing.commit}")
     total = sum(listing.files[name].size for name in names)
     log.info("%s at %s: %d files, %.2f GB", session.where, listing.commit[:12], len(names), total / 1e9)
+    if not session.offline:
+        need_space(into, _to_come(session, listing, [name for name in names if name not in done]))
     with progress(f"pull {source.target}", total) as ticker:
         running = replace(session, ticker=ticker)
         for name in names:
@@ -103,7 +106,7 @@ def fetch(
     origin: dict[str, Any] = {"kind": "hf", "source": f"hf://{listing.repo}@{listing.commit}", "repo": listing.repo}
     origin |= {"commit": listing.commit, "revision": wanted, "endpoint": bare_url(session.endpoint)}
     origin |= {"licence": listing.licence, "gated": listing.gated}
-    kept = tuple(home / "downloads" / listing.files[name].identity for name in names)
+    kept = tuple(keep.folder_of(home, listing.files[name].identity) for name in names)
     return Fetched(into, tuple(done[name] for name in names), origin, kept)
 
 
@@ -124,7 +127,7 @@ def fetch_dataset(
     if not path.is_file() or prove(path, listed)[1]:
         with progress(f"pull {name}", listed.size) as ticker:
             _take(replace(session, ticker=ticker), listing, choice, path, choice)
-        keep.drop([home / "downloads" / listed.identity])
+        keep.drop([keep.folder_of(home, listed.identity)])
     return path, f"{session.where}@{listing.commit}/{name}"
 
 
@@ -255,6 +258,16 @@ def _known(session: _Session, listing: Listing, name: str, folder: Path) -> Iter
     cached = try_to_load_from_cache(session.repo, name, revision=listing.commit, repo_type=session.kind)
     if isinstance(cached, str) and Path(cached).is_file():
         yield Path(cached)
+
+
+def _to_come(session: _Session, listing: Listing, names: Sequence[str]) -> int:
+    """Bytes that the download of `names` will take on disk: a full disk is better known now than at the last shard."""
+    total = 0
+    for name in names:
+        folder = keep.folder_of(session.home, listing.files[name].identity)
+        if next(_known(session, listing, name, folder), None) is None:
+            total += max(0, listing.files[name].size - keep.kept_bytes(folder))
+    return total
 
 
 def _remote(session: _Session, listing: Listing, name: str) -> download.Remote:

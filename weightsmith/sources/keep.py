@@ -29,10 +29,15 @@ from weightsmith.store import is_free, locked
 log = logging.getLogger(__name__)
 
 
+def folder_of(home: Path, key: str) -> Path:
+    """Where the download `key` (a plain file name) lies, or will."""
+    return home / "downloads" / key
+
+
 @contextmanager
 def held(home: Path, key: str) -> Iterator[Path]:
-    """The folder of the download `key` (a plain file name), locked; waits for whoever else has it."""
-    folder = home / "downloads" / key
+    """The folder of the download `key`, locked; waits for whoever else has it."""
+    folder = folder_of(home, key)
     if not is_free(folder / ".lock"):
         log.info("another process is fetching this file; waiting for it")
     with locked(folder / ".lock"):
@@ -42,6 +47,14 @@ def held(home: Path, key: str) -> Iterator[Path]:
 def finished(folder: Path) -> Path:
     """Where the complete file lies, or will."""
     return folder / "data"
+
+
+def kept_bytes(folder: Path) -> int:
+    """Bytes on disk that an unfinished download holds already."""
+    try:
+        return 512 * (folder / "data.part").stat().st_blocks
+    except OSError:
+        return 0
 
 
 def bring(folder: Path, remote: Remote, fault: Callable[[Arrived], str], ticker: Ticker | None) -> tuple[Arrived, str]:

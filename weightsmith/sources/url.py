@@ -51,7 +51,7 @@ def fetch(source: Source, into: Path, *, home: Path, offline: bool = False) -> F
             raise IntegrityError(wrong, path=where, hint="The server's file is another one.")
         take_in(keep.finished(folder), into / name)
     origin = {"kind": "url", "source": where, "url": where, "etag": arrived.etag, "pinned": source.sha256 is not None}
-    return Fetched(into, (FetchedFile(name, arrived.size, arrived.sha256),), origin, (home / "downloads" / key,))
+    return Fetched(into, (FetchedFile(name, arrived.size, arrived.sha256),), origin, (keep.folder_of(home, key),))
 
 
 def _refused(refusal: Refused, where: str) -> WeightsmithError:
