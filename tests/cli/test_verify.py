@@ -20,6 +20,7 @@ TARGETS = {
     "gguf": ("gguf:F16", 0.0),
     "gptq": ("gptq:8", 1e-3),
     "awq": ("awq", 0.2),
+    "bnb": ("nf4", 0.2),
 }
 
 
@@ -43,7 +44,7 @@ def made(original: Path, text: Path) -> dict[str, Path]:
     for name, (target, _) in TARGETS.items():
         found[name] = original.parent / f"made-{name}"
         calibrated = rows if name in ("gptq", "awq") else []
-        verb = "quantize" if calibrated else "convert"
+        verb = "quantize" if calibrated or name == "bnb" else "convert"
         assert run([verb, str(original), "--to", target, "-o", str(found[name]), "-q", *calibrated]) == 0
     for kind in ("Q8_0", "Q4_0"):
         found[kind] = original.parent / f"{kind}.gguf"
