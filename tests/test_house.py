@@ -35,7 +35,8 @@ LAYERS = (
             "weightsmith.difference",
             "weightsmith.builds",
         ),
-        *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode", "weightsmith.jobs"),
+        *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),
+        *("weightsmith.orders", "weightsmith.jobs"),
     ),
     ("weightsmith.cli", "weightsmith.__main__"),
 )

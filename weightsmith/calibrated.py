@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.formats.imatrix import Imatrix
+from weightsmith.errors import IntegrityError, UsageError
+from weightsmith.formats import archs
+from weightsmith.formats.imatrix import Imatrix, read
+from weightsmith.quant.blocks import BLOCKS
 from weightsmith.texts import Text
 from weightsmith.types import Plan, Reader, TensorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from weightsmith.evals.calibration.encoded import Encoded
     from weightsmith.evals.calibration.packed import PackedOptions
+
+log = logging.getLogger(__name__)
 
 # Containers that are made by calibration, and their types (bits).
 PACKED = {"gptq": ("2", "3", "4", "8"), "awq": ("4",)}
@@ -58,6 +67,52 @@ def importances(reader: Reader, calibration: Calibration, *, pre: str | None = N
 
     text, name = calibration.read(reader, pre), calibration.text.name if calibration.text is not None else "self"
     return imatrix(reader, text, _options(calibration, pre), output=output, dataset=name)
+
+
+def refuse_both(path: Path | None, calibration: Calibration | None) -> None:
+    """UsageError if there is an imatrix and a text to measure another on."""
+    if path is not None and calibration is not None:
+        raise UsageError("an imatrix and a text to calibrate on exclude each other", hint="Leave one out.")
+
+
+def matrix(reader: Reader, path: Path | None, calibration: Calibration | None, pre: str | None) -> Imatrix | None:
+    """The importances to quantize by: from the file `path`, measured now, or none."""
+    refuse_both(path, calibration)
+    if path is not None:
+        return read(path)
+    return importances(reader, calibration, pre=pre) if calibration is not None else None
+
+
+def by_tensor(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, NDArray[np.float32]]:
+    """Importance of every input channel, float32 [in] by canonical name; a tensor that was not measured has none.
+
+    Raises IntegrityError if `matrix` has none of the planned tensors.
+    """
+    family = archs.by_name(reader.config.family)
+    found, missing = {}, []
+    for info in planned.tensors:
+        if BLOCKS[info.codec].weights == 1:
+            continue
+        name = family.gguf_name(info.name)
+        if name in matrix.entries:
+            found[info.name] = _importance(matrix, name, info, reader.config.n_experts)
+        else:
+            missing.append(name)
+    if not found:
+        raise IntegrityError("the imatrix has none of this model's tensors", path=reader.path)
+    if missing:
+        log.info("not in the imatrix, so quantized without: %s", ", ".join(missing))
+    return found
+
+
+def _importance(matrix: Imatrix, name: str, info: TensorInfo, n_experts: int) -> NDArray[np.float32]:
+    """Importance of the input channels of `info`, of which the imatrix calls `name` it or the stack it belongs to."""
+    expert = archs.expert_of(info.name)
+    if expert is None:
+        return matrix.importance(name, info.row_len)
+    rows = matrix.importance(name, info.row_len, matrices=n_experts).reshape(n_experts, -1)
+    found: NDArray[np.float32] = rows[expert]
+    return found
 
 
 def packed(  # noqa: PLR0913  (every choice, all by keyword)

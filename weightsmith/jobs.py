@@ -8,169 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from weightsmith import calibrated, formats
-from weightsmith._version import __version__
 from weightsmith.atomic import refuse_existing
 from weightsmith.calibrated import PACKED, Calibration
 from weightsmith.errors import IntegrityError, InterruptedRunError, UnsupportedError, UsageError
-from weightsmith.formats import archs, imatrix
-from weightsmith.formats.imatrix import Imatrix
 from weightsmith.journal import Journal
-from weightsmith.quant import ARITHMETIC_VERSION
+from weightsmith.orders import Options, Report, Target, parse_override
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
 from weightsmith.quant.loss import Loss
-from weightsmith.transcode import Codes, Work, compare, transcode
-from weightsmith.types import BlockSource, Plan, Reader, Recipe, TensorInfo, Writer
+from weightsmith.transcode import Work, compare, transcode
+from weightsmith.types import BlockSource, Plan, Reader, Writer
 
 if TYPE_CHECKING:
     from weightsmith.evals.calibration.encoded import Encoded
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What to make: a container and, unless everything keeps its precision, a type of it."""
-
-    container: str
-    type: str | None = None
-
-    @classmethod
-    def parse(cls, text: str, *, default_type: str | None = None) -> Target:
-        """Read "gguf", "gguf:Q8_0", "safetensors:BF16", "gptq:4"; UsageError names what is known."""
-        name, _, kind = text.partition(":")
-        for container, package in formats.targets().items():
-            if not kind and name.lower() in getattr(package, "ALIASES", {}):
-                name, kind = container, package.ALIASES[name.lower()]
-        known = {name: package.TYPES for name, package in formats.targets().items()} | PACKED
-        if name not in known:
-            raise UsageError(f"unknown target {name!r}", hint=f"Known targets: {', '.join(known)}.")
-        kind = kind.upper() or ("4" if name in PACKED else "")
-        if kind and kind not in known[name]:
-            raise UsageError(f"{name} has no type {kind!r}", hint=f"Known types: {', '.join(known[name])}.")
-        return cls(name, kind or default_type)
-
-    @property
-    def is_blocks(self) -> bool:
-        """Whether the type is one block layout, not a mix of several and no float."""
-        return self.type in BLOCKS and BLOCKS[self.type].weights > 1
-
-    def __str__(self) -> str:
-        return f"{self.container}:{self.type}" if self.type else self.container
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to make it. Defaults are the recipe's own.
-
-    pre: pre-tokenizer override. split_bytes: most bytes per file. threads: None = all cores. memory: most bytes for
-    tensors under way, None = no limit. overwrite: replace the output. source_digest: the catalog's name for the source,
-    noted in the result. imatrix: file of importances to quantize by. calibration: text to measure importances on, or
-    to quantize by. effort: how hard to search. allow_pickle: read
-    pickled weights, without running anything in them. strict: a tensor whose
-    rows do not fit the type is an error. keep_rest: of a packed checkpoint only the packed linears become blocks, the
-    rest keeps its precision. recipe: its type is the target's.
-    """
-
-    pre: str | None = None
-    split_bytes: int | None = None
-    threads: int | None = None
-    memory: int | None = None
-    overwrite: bool = False
-    strict: bool = False
-    source_digest: str | None = None
-    imatrix: Path | None = None
-    effort: str = "normal"
-    allow_pickle: bool = False
-    calibration: Calibration | None = None
-    keep_rest: bool = False
-    recipe: Recipe = field(default_factory=Recipe)
-
-    def record(self) -> dict[str, Any]:
-        """The options that change what is made (not where or how fast), as plain values; defaults are left out."""
-        recipe = self.recipe
-        kept: dict[str, Any] = {"pre": self.pre, "split_bytes": self.split_bytes, "pure": recipe.pure}
-        kept |= {"output_type": recipe.output_type, "embedding_type": recipe.embedding_type}
-        kept |= {"overrides": [list(pair) for pair in recipe.overrides]}
-        kept |= {"calibration": self.calibration.record() if self.calibration else None}
-        kept |= {"effort": self.effort if self.effort != "normal" else None}
-        kept |= {"keep_rest": self.keep_rest}
-        return {name: value for name, value in kept.items() if value}
-
-    def notes(self, target: Target, imatrix: Imatrix | None) -> dict[str, str]:
-        """Where the result comes from, for the file itself: no paths, no times, so equal work gives equal bytes."""
-        found = {"tool": f"weightsmith {__version__}", "recipe": json.dumps({"target": str(target), **self.record()})}
-        if self.source_digest is not None:
-            found["source"] = f"sha256:{self.source_digest}"
-        found["arithmetic"] = str(ARITHMETIC_VERSION)
-        if imatrix is not None:
-            found["imatrix"] = f"sha256:{imatrix.digest()}"
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was made, or would be. fallbacks: (tensor, wanted codec, got codec). seconds: 0 for a plan.
-
-    notes: where it comes from, as the file itself says it. weights: of the model, where tensors hold packed words.
-    errors: weighted relative error (`quant.loss`) of every tensor that was packed into blocks, by canonical name; with
-    error feedback the share of its output's energy that was lost.
-    codes: what became of a packed source's codes. stored: bytes of tensor data, where they are not those of `tensors`.
-    """
-
-    path: Path
-    target: str
-    tensors: Sequence[TensorInfo]
-    fallbacks: Sequence[tuple[str, str, str]]
-    seconds: float = 0.0
-    notes: Mapping[str, str] = field(default_factory=dict)
-    weights: int | None = None
-    errors: Mapping[str, float] = field(default_factory=dict)
-    codes: Codes = field(default_factory=Codes)
-    stored: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return self.stored if self.stored is not None else sum(info.nbytes for info in self.tensors)
-
-    @property
-    def bpw(self) -> float:
-        """All stored bits over all weights."""
-        weights = self.weights or sum(info.n_weights for info in self.tensors)
-        return 8 * self.nbytes / max(1, weights)
-
-    @property
-    def main_type(self) -> str:
-        """The codec of most weights."""
-        weights: Counter[str] = Counter()
-        for info in self.tensors:
-            weights[info.codec] += info.n_weights
-        return weights.most_common(1)[0][0]
-
-    @property
-    def types(self) -> dict[str, int]:
-        """Tensors per codec, most first."""
-        return dict(Counter(info.codec for info in self.tensors).most_common())
-
-
-def parse_override(text: str) -> tuple[str, str]:
-    """Read PATTERN=TYPE; the last "=" divides, because a pattern may hold one."""
-    pattern, _, codec = text.rpartition("=")
-    if not pattern or not codec:
-        raise UsageError(f"{text!r} is no PATTERN=TYPE", hint="For instance --tensor-type attn_v=Q8_0.")
-    return pattern, codec.upper()
+__all__ = ["Options", "Report", "Target", "convert", "parse_override", "plan"]
 
 
 def plan(source: Path, target: Target, options: Options) -> Report:
@@ -202,10 +61,12 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     try:
         planned = _planned(reader, target, options)
         made = _encoded(reader, output, planned, options)
-        matrix = _matrix(reader, options) if made is None else None
+        matrix = (
+            None if made is not None else calibrated.matrix(reader, options.imatrix, options.calibration, options.pre)
+        )
         vocab = reader.vocab(options.pre)
         notes = options.notes(target, matrix)
-        importances = _importances(matrix, reader, planned) if matrix is not None else {}
+        importances = calibrated.by_tensor(matrix, reader, planned) if matrix is not None else {}
         if made is not None:
             importances = made.importances
         resumes = getattr(container, "RESUMES", False)
@@ -237,7 +98,7 @@ def convert(source: Path, target: Target, output: Path, options: Options) -> Rep
     finally:
         reader.close()
     seconds = time.monotonic() - begun
-    errors = _errors(work) | (made.losses if made is not None else {})
+    errors = _errors(work) | ({name: math.sqrt(lost) for name, lost in made.losses.items()} if made is not None else {})
     report = Report(path, str(target), planned.tensors, planned.fallbacks, seconds, notes)
     stored: int | None = getattr(writer, "stored_bytes", None)
     return replace(report, errors=errors, codes=work.codes, stored=stored)
@@ -247,8 +108,7 @@ def _encoded(reader: Reader, output: Path, planned: Plan, options: Options) -> E
     """The layers' linears with error feedback, where a text is there to calibrate on and the effort allows."""
     if options.calibration is None or options.effort == "fast":
         return None
-    if options.imatrix is not None:
-        raise UsageError("an imatrix and a text to calibrate on exclude each other", hint="Leave one out.")
+    calibrated.refuse_both(options.imatrix, options.calibration)
     if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
         return None
     refuse_existing(output, overwrite=options.overwrite)
@@ -294,17 +154,6 @@ def _pack(source: Path, target: Target, output: Path, options: Options) -> Repor
     return Report(path, str(target), tensors, [], time.monotonic() - begun, notes, weights)
 
 
-def _matrix(reader: Reader, options: Options) -> Imatrix | None:
-    """The importances to quantize by: from a file, or measured now."""
-    if options.imatrix is not None:
-        if options.calibration is not None:
-            raise UsageError("an imatrix and a text to calibrate on exclude each other", hint="Leave one out.")
-        return imatrix.read(options.imatrix)
-    if options.calibration is None:
-        return None
-    return calibrated.importances(reader, options.calibration, pre=options.pre)
-
-
 def _fill(reader: Reader, writer: Writer, work: Work, *, title: str) -> Path:
     """Transcode and close; an interrupted run keeps what it has, a failed one leaves nothing."""
     try:
@@ -337,35 +186,6 @@ def _read_back(path: Path, work: Work) -> None:
         raise
     finally:
         reader.close()
-
-
-def _importances(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, NDArray[np.float32]]:
-    """Importance of every input channel, by canonical name; a tensor that was not measured has none."""
-    family = archs.by_name(reader.config.family)
-    found, missing = {}, []
-    for info in planned.tensors:
-        if BLOCKS[info.codec].weights == 1:
-            continue
-        name = family.gguf_name(info.name)
-        if name in matrix.entries:
-            found[info.name] = _importance(matrix, name, info, reader.config.n_experts)
-        else:
-            missing.append(name)
-    if not found:
-        raise IntegrityError("the imatrix has none of this model's tensors", path=reader.path)
-    if missing:
-        log.info("not in the imatrix, so quantized without: %s", ", ".join(missing))
-    return found
-
-
-def _importance(matrix: Imatrix, name: str, info: TensorInfo, n_experts: int) -> NDArray[np.float32]:
-    """Importance of the input channels of `info`, of which the imatrix calls `name` it or the stack it belongs to."""
-    expert = archs.expert_of(info.name)
-    if expert is None:
-        return matrix.importance(name, info.row_len)
-    rows = matrix.importance(name, info.row_len, matrices=n_experts).reshape(n_experts, -1)
-    found: NDArray[np.float32] = rows[expert]
-    return found
 
 
 def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:
