@@ -133,7 +133,7 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     """Carry one slab; return the bytes written."""
     taken = _take(reader, slab, work) if work.made is None else None
     if taken is not None:
-        work.sums[slab.key] = slab, zlib.crc32(taken.data)
+        work.sums[slab.key] = slab, _checksum(taken)
         writer.write(slab.target, slab.start, taken)
         return taken.nbytes
     journal = work.journal
@@ -144,7 +144,7 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     packed = work.made(slab.target.name, slab.start, slab.stop) if work.made is not None else None
     if packed is None:
         packed = _recoded(reader, slab, work)
-    work.sums[slab.key] = slab, zlib.crc32(packed.data)
+    work.sums[slab.key] = slab, _checksum(packed)
     writer.write(slab.target, slab.start, packed)
     if journal is not None and slab.key in work.losses:
         journal.add(slab.key, packed, work.losses[slab.key])
@@ -179,6 +179,13 @@ def _take(reader: Reader, slab: Slab, work: Work) -> Packed | None:
     return found[0]
 
 
+def _checksum(packed: Packed) -> int:
+    """Of rows in their order: a sum of each as words, and a CRC of the sums. It costs next to nothing."""
+    width = next(width for width in (8, 4, 2, 1) if packed.shape[1] % width == 0)
+    words = np.ascontiguousarray(packed).view(f"<u{width}")
+    return zlib.crc32(words.sum(axis=1, dtype=np.uint64).tobytes())
+
+
 def compare(reader: Reader, work: Work) -> None:
     """Read back every slab that was written, from what was made of them; IntegrityError names one that differs.
 
@@ -195,7 +202,7 @@ def compare(reader: Reader, work: Work) -> None:
             what = "is absent" if info is None else f"is {list(info.shape)} in {info.codec}"
             raise IntegrityError(f"{what} after writing", path=reader.path, tensor=slab.target.name, hint=_REPORT)
         rows = _stored(reader, slab) if packed else reader.rows(info.name, slab.start, slab.stop)
-        if rows is not None and zlib.crc32(rows.data) != wanted:
+        if rows is not None and _checksum(rows) != wanted:
             what = f"rows {slab.start} to {slab.stop} are not what was written"
             raise IntegrityError(what, path=reader.path, tensor=info.name, hint=_REPORT)
         return (slab.stop - slab.start) * info.row_bytes

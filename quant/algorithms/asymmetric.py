@@ -48,12 +48,12 @@ TINY = np.float32(1e-5)  # below this share a determinant is rounding noise
 # Rows of a tile's state, each [n_sub, 16].
 SCALE, OFFSET, LS, LM, ERROR, TRIAL, S_L, S_LL, S_X, S_W, REF_LS, REF_LM = range(12)
 N_STATE = 12
-# Steps for a sub-block's integers (scale, min), best first; efforts use 6, 10 and 24 of them.
+# Steps for a sub-block's integers (scale, min), best first; efforts use 6, 8 and 24 of them.
 _NEAR = [(1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0), (2, 2), (-2, -2), (2, 1), (-2, -1), (1, -1), (-1, 1)]
 _FAR = [(1, 2), (-1, -2), (0, 2), (0, -2), (2, 0), (-2, 0), (3, 3), (-3, -3), (3, 2), (-3, -2), (2, 3), (-2, -3)]
 NEIGHBOURS = np.array(_NEAR + _FAR, np.float32)
 # Effort: steps of the fan, rounds before and after the reference's choice joins, neighbours, d and dmin tried.
-PLANS = ((8, 1, 0, 6, 5), (14, 1, 1, 10, 9), (48, 3, 3, 24, 17))
+PLANS = ((8, 1, 0, 6, 5), (12, 0, 1, 8, 9), (48, 3, 3, 24, 17))
 
 
 @inner

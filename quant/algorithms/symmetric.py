@@ -46,11 +46,11 @@ LEAST = np.float32(1.0 - 2.0**-22)
 # Rows of a tile's state, each [n_sub, 16].
 SCALE, LS, ERROR, TRIAL, S_CC, REF_LS = range(6)
 N_STATE = 6
-# Moves of a sub-block's integer: times the first, plus the second. Efforts use 4, 4 and 14 of them.
+# Moves of a sub-block's integer: times the first, plus the second. Efforts use 2, 2 and 14 of them.
 _NEAR = [(1, 1), (1, -1), (1, 2), (1, -2), (-1, 0), (-1, 1), (1, 3), (1, -3)]
 NEIGHBOURS = np.array([*_NEAR, (-1, -1), (1, 4), (1, -4), (-1, 2), (1, 5), (1, -5)], np.float32)
 # Effort: steps of the fan, rounds before and after the reference's choice joins, neighbours, d tried.
-PLANS = ((10, 1, 0, 4, 17), (16, 0, 1, 4, 17), (64, 3, 3, 14, 65))
+PLANS = ((8, 1, 0, 2, 9), (12, 0, 1, 2, 17), (64, 3, 3, 14, 65))
 
 
 @inner

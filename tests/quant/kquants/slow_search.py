@@ -119,7 +119,7 @@ def integers_near(fits, d, dmin, largest):  # type: ignore[no-untyped-def]
 
 def asymmetric(x, importance, *, sub, top, largest, reach, effort):  # type: ignore[no-untyped-def]
     """d, dmin, s, m, q of super-blocks [n, 256], without ggml's choice."""
-    steps, rounds, moves, tries = ((8, 1, 6, 5), (14, 2, 10, 9), (48, 6, 24, 17))[effort]
+    steps, rounds, moves, tries = ((8, 1, 6, 5), (12, 1, 8, 9), (48, 6, 24, 17))[effort]
     b = Blocks(x, importance, sub, mirrored=True)
     fits = [best_of_fan(b, k, top, reach, steps) for k in range(len(b.subs))]
     widest = np.maximum.reduce([fit[0] for fit in fits] + [np.zeros_like(fits[0][0])])
@@ -211,7 +211,7 @@ def signed_fan(b, k, low, high, below, above, steps, table):  # type: ignore[no-
 
 def symmetric(x, importance, *, sub, low, high, largest, below, above, effort):  # type: ignore[no-untyped-def]
     """d, s and values c of super-blocks [n, width], without ggml's choice; low 127 means the table."""
-    steps, rounds, moves, tries = ((10, 1, 4, 17), (16, 1, 4, 17), (64, 6, 14, 65))[effort]
+    steps, rounds, moves, tries = ((8, 1, 2, 9), (12, 1, 2, 17), (64, 6, 14, 65))[effort]
     b, table = Blocks(x, importance, sub, mirrored=False), low == 127
     fits = [signed_fan(b, k, low, high, below, above, steps, table) for k in range(len(b.subs))]
     d, ls = signed_seed(b, fits, largest, tries)
