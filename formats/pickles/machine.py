@@ -302,3 +302,4 @@ _STEPS: dict[bytes, _Step] = {
     b"s": Machine.set_item,
     b"u": lambda m: m.set_items(m.pop_mark()),
 }
+LISTED = frozenset([*_STEPS, b"."])  # the opcodes that are known; the last one ends a pickle

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 from weightsmith.formats.pickles import read_tensors
@@ -103,6 +105,29 @@ class Runs:
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return self.call
+
+
+def unlisted(listed: Collection[bytes]) -> dict[str, bytes]:
+    """A pickle for every opcode that exists and is not `listed`, with a stack and an argument that would suit it."""
+    found = {}
+    for opcode in pickletools.opcodes:
+        code = opcode.code.encode("latin-1")
+        if code not in listed:
+            argument = _ARGUMENTS.get(opcode.arg.name if opcode.arg else "", b"\x01\0\0\0\0\0\0\0a")
+            found[opcode.name] = b"\x80\x02(" + text("a") + text("b") + code + argument + b"."
+    return found
+
+
+_ARGUMENTS = {
+    "": b"",
+    "stringnl": b"'a'\n",
+    "stringnl_noescape": b"a\n",
+    "stringnl_noescape_pair": b"os\nsystem\n",
+    "decimalnl_short": b"1\n",
+    "decimalnl_long": b"1L\n",
+    "floatnl": b"1.0\n",
+    "unicodestringnl": b"a\n",
+}
 
 
 def hostile() -> dict[str, bytes]:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.formats.pickles.crafted import archive, hostile, read, state_dict, tensor
+from tests.formats.pickles.crafted import archive, hostile, read, state_dict, tensor, unlisted
 from weightsmith.errors import IntegrityError, UnsafeInputError, UnsupportedError, WeightsmithError
+from weightsmith.formats.pickles import machine
 
 ROOT = Path(__file__).parent.parent.parent.parent
 SIX = bytes(24)
@@ -66,8 +67,21 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
+def test_every_opcode_outside_the_list_is_refused(tmp_path: Path) -> None:
+    cases = unlisted(machine.LISTED)
+    assert len(cases) > 25
+    path = tmp_path / "x.pth"
+    for name, data in cases.items():
+        path.write_bytes(archive(data, {"0": SIX}))
+        with pytest.raises(UnsafeInputError) as caught:
+            read(path)
+        assert caught.value.exit_code == 4, name
+
+
 def test_nothing_is_imported_or_called(tmp_path: Path) -> None:
-    for index, data in enumerate(hostile().values()):
+    every = [*hostile().values(), *unlisted(machine.LISTED).values()]
+    assert len(every) > 75
+    for index, data in enumerate(every):
         (tmp_path / f"{index:03d}").write_bytes(archive(data, {"0": SIX}))
     (tmp_path / "sound").write_bytes(SOUND)
     result = subprocess.run(
@@ -76,7 +90,7 @@ def test_nothing_is_imported_or_called(tmp_path: Path) -> None:
     seen, ends = json.loads(result.stdout)
     assert seen == []
     assert ends.pop("sound") == ["a", "b"]
-    assert len(ends) == len(hostile())
+    assert len(ends) == len(every)
     assert set(ends.values()) <= {"UnsafeInputError", "IntegrityError", "UnsupportedError"}
 
 
