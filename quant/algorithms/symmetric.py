@@ -50,7 +50,7 @@ N_STATE = 6
 _NEAR = [(1, 1), (1, -1), (1, 2), (1, -2), (-1, 0), (-1, 1), (1, 3), (1, -3)]
 NEIGHBOURS = np.array([*_NEAR, (-1, -1), (1, 4), (1, -4), (-1, 2), (1, 5), (1, -5)], np.float32)
 # Effort: steps of the fan, rounds before and after the reference's choice joins, neighbours, d tried.
-PLANS = ((8, 1, 0, 2, 9), (12, 0, 1, 2, 17), (64, 3, 3, 14, 65))
+PLANS = ((10, 1, 0, 2, 9), (12, 0, 1, 2, 17), (64, 3, 3, 14, 65))
 
 
 @inner

@@ -211,7 +211,7 @@ def signed_fan(b, k, low, high, below, above, steps, table):  # type: ignore[no-
 
 def symmetric(x, importance, *, sub, low, high, largest, below, above, effort):  # type: ignore[no-untyped-def]
     """d, s and values c of super-blocks [n, width], without ggml's choice; low 127 means the table."""
-    steps, rounds, moves, tries = ((8, 1, 2, 9), (12, 1, 2, 17), (64, 6, 14, 65))[effort]
+    steps, rounds, moves, tries = ((10, 1, 2, 9), (12, 1, 2, 17), (64, 6, 14, 65))[effort]
     b, table = Blocks(x, importance, sub, mirrored=False), low == 127
     fits = [signed_fan(b, k, low, high, below, above, steps, table) for k in range(len(b.subs))]
     d, ls = signed_seed(b, fits, largest, tries)
