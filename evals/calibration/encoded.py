@@ -10,8 +10,6 @@ matrix; a killed run takes these files up. `Encoded` hands the rows to whoever w
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weightsmith._version import __version__
 from weightsmith.errors import WeightsmithError
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, calibrate
-from weightsmith.evals.calibration.work import Parts, Work
+from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
-from weightsmith.quant import ARITHMETIC_VERSION, codecs
+from weightsmith.quant import codecs
 from weightsmith.quant.algorithms import compensated
 from weightsmith.quant.algorithms.compensated import Inputs
 from weightsmith.quant.algorithms.moments import loss_of, shrinkage
@@ -90,7 +87,7 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
     count = reader.config.n_layers
     linears = _linears(reader, options)
     tokens = draw(reader, text, options.calibration)
-    work = Work(out.with_name(f"{out.name}.layers"), _fingerprint(reader, tokens, options))
+    work = Work(out.with_name(f"{out.name}.layers"), fingerprint(reader, tokens, options.record()))
     try:
         resumed = work.begin(count + 1)
 
@@ -184,17 +181,3 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
         stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
         block.weights[key] = q.to(block.weights[key].dtype)
     return stored
-
-
-def _fingerprint(reader: Reader, tokens: NDArray[np.int64], options: EncodedOptions) -> str:
-    """What must be equal for layers of an earlier run to be taken over."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in reader.files()]
-    work = {
-        "version": __version__,
-        "arithmetic": ARITHMETIC_VERSION,
-        "source": files,
-        "tensors": [(info.name, info.shape, info.codec) for info in reader.infos().values()],
-        "rows": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
-        **options.record(),
-    }
-    return json.dumps(work, sort_keys=True)

@@ -10,17 +10,13 @@ its rows through them. The checkpoint itself is written at the end, from those f
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith._version import __version__
@@ -29,7 +25,7 @@ from weightsmith.errors import UsageError, WeightsmithError
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, Finished, calibrate
-from weightsmith.evals.calibration.work import Parts, Work
+from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load, weights
 from weightsmith.formats.awq import layout as awq_layout
 from weightsmith.formats.gptq import layout as gptq_layout
@@ -111,7 +107,7 @@ def quantize_packed(
     linears = _linears(reader, layout)
     tokens = draw(reader, text, options.calibration)
     losses: dict[str, float] = {}
-    with Work(out.with_name(f"{out.name}.layers"), _fingerprint(reader, tokens, options)) as work:
+    with Work(out.with_name(f"{out.name}.layers"), fingerprint(reader, tokens, options.record())) as work:
         resumed = work.begin(reader.config.n_layers)
 
         def finished(index: int) -> dict[str, Tensor] | None:
@@ -196,19 +192,6 @@ def _linears(reader: Reader, layout: AnyLayout) -> dict[str, tuple[int, int]]:
                 raise
             found[name] = (info.shape[0], info.shape[1])
     return found
-
-
-def _fingerprint(reader: Reader, tokens: NDArray[np.int64], options: PackedOptions) -> str:
-    """What must be equal for layers of an earlier run to be taken over."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in reader.files()]
-    work = {
-        "version": __version__,
-        "source": files,
-        "tensors": [(info.name, info.shape, info.codec) for info in reader.infos().values()],
-        "rows": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
-        **options.record(),
-    }
-    return json.dumps(work, sort_keys=True)
 
 
 def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, losses: dict[str, float]) -> Parts:

@@ -8,6 +8,8 @@ what is there is whole. Layers are taken over by a run of the same work only.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -21,19 +23,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weightsmith._version import __version__
 from weightsmith.atomic import AtomicFile, disk_errors, write_text
 from weightsmith.errors import IntegrityError, OutputExistsError
 from weightsmith.formats.gptq.columns import Layout
 from weightsmith.formats.safetensors.header import lay_out, read_header
 from weightsmith.formats.safetensors.strictjson import open_regular
+from weightsmith.quant import ARITHMETIC_VERSION
 from weightsmith.quant.blocks import row_nbytes
-from weightsmith.types import TensorInfo
+from weightsmith.types import Reader, TensorInfo
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
 _CODECS = {"int32": "I32", "float16": "F16", "float32": "F32", "uint8": "U8"}
 Parts = dict[str, NDArray[Any]]  # stored tensors of a layer by name within it
+
+
+def fingerprint(reader: Reader, tokens: NDArray[np.int64], record: Mapping[str, Any]) -> str:
+    """What must be equal for layers of an earlier run to be taken over; record: all options that decide the result."""
+    work = {
+        "version": __version__,
+        "arithmetic": ARITHMETIC_VERSION,
+        "source": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in reader.files()],
+        "tensors": [(info.name, info.shape, info.codec) for info in reader.infos().values()],
+        "rows": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+        **record,
+    }
+    return json.dumps(work, sort_keys=True)
 
 
 class Work:

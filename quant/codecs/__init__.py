@@ -24,9 +24,7 @@ from weightsmith.types import Packed, Rows
 
 _LONE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SEARCHED = frozenset({*_LONE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
-
-# Layouts that `unpack` opens, so that error feedback can choose their codes.
-OPEN = SEARCHED | {"Q4_0", "Q4_1", "Q5_0", "Q5_1"}
+OPEN = SEARCHED  # what `unpack` opens, so that error feedback can choose its codes
 
 
 @cache
