@@ -20,7 +20,7 @@ from weightsmith.cli.options import (
 
 @click.command("quantize")
 @source_argument()
-@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gptq:4, awq, ...")
+@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gptq:4, awq, nf4, ...")
 @output_options
 @click.option(
     "--tensor-type",
@@ -50,7 +50,7 @@ from weightsmith.cli.options import (
     type=click.Choice(["fast", "normal", "best"]),
     default="normal",
     show_default=True,
-    help="How hard the k-quants and IQ4 search for scales.",
+    help="How hard to search for scales; fast calibrates GGUF types by importances alone.",
 )
 @click.option("--strict", is_flag=True, help="Fail where a tensor's rows do not fit the type.")
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
