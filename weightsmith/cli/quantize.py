@@ -20,7 +20,7 @@ from weightsmith.cli.options import (
 
 @click.command("quantize")
 @source_argument()
-@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gguf:Q8_0, gptq:4, awq, nf4, ...")
+@click.option("--to", "to", required=True, metavar="CONTAINER:TYPE", help="gguf:Q4_K_M, gptq:4, awq, nf4, ...")
 @output_options
 @click.option(
     "--tensor-type",
