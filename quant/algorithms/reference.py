@@ -118,6 +118,29 @@ def _residue(tile, weights, span, rule, fit, nmax):
 
 
 @inner
+def _line(tile, weights, span, rule, known, nmax):
+    """Least squares for the codes that a rule (inverse scale, anchor) gives: scale, offset, determinant, sums."""
+    inv, anchor = rule
+    sx, sw = known
+    sl = spread(ZERO)
+    sll = sl
+    sxl = sl
+    for e in range(span[0], span[1]):
+        v = load(tile[0], e)
+        q = clip(nearest(inv * (v - anchor)), ZERO, nmax)
+        wq = load(weights, e) * q
+        sl = sl + wq
+        sll = sll + wq * q
+        sxl = sxl + wq * v
+    det = sw * sll - sl * sl
+    s = quotient(sw * sxl - sx * sl, det)
+    m = quotient(sll * sx - sl * sxl, det)
+    s = where(m > ZERO, quotient(sxl, sll), s)
+    m = where(m > ZERO, ZERO, m)
+    return s, m, det, sl, sll, sxl
+
+
+@inner
 def line_fan(tile, weights, span, nmax, rays):
     """Scale, offset (not above 0) and sum of weights of one sub-block.
 
@@ -147,21 +170,7 @@ def line_fan(tile, weights, span, nmax, rays):
     best = _plain_gain(tile, weights, span, (scale, offset), nmax)
     for i in range(rays[0]):
         inv = quotient(spread(rays[1] + rays[2] * np.float32(i) + nmax), high - offset)
-        sl = spread(ZERO)
-        sll = sl
-        sxl = sl
-        for e in range(span[0], span[1]):
-            v = load(tile[0], e)
-            q = clip(nearest(inv * (v - offset)), ZERO, nmax)
-            wq = load(weights, e) * q
-            sl = sl + wq
-            sll = sll + wq * q
-            sxl = sxl + wq * v
-        det = sw * sll - sl * sl
-        s = quotient(sw * sxl - sx * sl, det)
-        m = quotient(sll * sx - sl * sxl, det)
-        s = where(m > ZERO, quotient(sxl, sll), s)
-        m = where(m > ZERO, ZERO, m)
+        s, m, det, sl, sll, sxl = _line(tile, weights, span, (inv, offset), (sx, sw), nmax)
         gain = np.float32(2.0) * (s * sxl + m * sx) - s * s * sll - m * m * sw - np.float32(2.0) * (s * m * sl)
         lead = gain - best
         apart = sxl - best_sxl
@@ -201,21 +210,7 @@ def _absolute_fan(tile, weights, span, nmax, rays):
     best = _absolute(tile, weights, span, (inv, offset), (scale, offset), nmax)
     for i in range(rays[0]):
         inv = quotient(spread(rays[1] + rays[2] * np.float32(i) + nmax), high - offset)
-        sl = spread(ZERO)
-        sll = sl
-        sxl = sl
-        for e in range(span[0], span[1]):
-            v = load(tile[0], e)
-            q = clip(nearest(inv * (v - offset)), ZERO, nmax)
-            wq = load(weights, e) * q
-            sl = sl + wq
-            sll = sll + wq * q
-            sxl = sxl + wq * v
-        det = sw * sll - sl * sl
-        s = quotient(sw * sxl - sx * sl, det)
-        m = quotient(sll * sx - sl * sxl, det)
-        s = where(m > ZERO, quotient(sxl, sll), s)
-        m = where(m > ZERO, ZERO, m)
+        s, m, det, _, _, _ = _line(tile, weights, span, (inv, offset), (sx, sw), nmax)
         error = _absolute(tile, weights, span, (inv, offset), (s, m), nmax)
         better = (det > ZERO) & (error < best)
         best = where(better, error, best)
