@@ -349,8 +349,24 @@ def scale_fan(tile, weights, span, shape, table, manner):
 
 
 @inner
-def _flips(tile, span, top, codes):
-    """Scale of one sub-block of Q3_K without an imatrix: codes move one by one, five times around, weights x * x."""
+def _flip(v, q, sums, top):
+    """The code that suits one weight best while the others stay: code, sums with it, 1 where it moved."""
+    sxl, sll = sums
+    weight = v * v
+    sxl_e = sxl - weight * v * q
+    sll_e = sll - weight * q * q
+    sound = sxl_e > ZERO
+    new = clip(nearest(where(sound, quotient(v * sll_e, sxl_e), q)), ZERO - top, top - ONE)
+    sxl_e = sxl_e + weight * v * new
+    sll_e = sll_e + weight * new * new
+    step = new - q
+    better = sound & (step * step > ZERO) & (sll_e > ZERO) & (sxl_e * sxl_e * sll > sxl * sxl * sll_e)
+    return where(better, new, q), (where(better, sxl_e, sxl), where(better, sll_e, sll)), where(better, ONE, ZERO)
+
+
+@inner
+def _plain_codes(tile, span, top, codes):
+    """Codes of one sub-block with its weight of largest magnitude at the lowest value; their sums, weights x * x."""
     extreme = load(tile[0], span[0])
     for e in range(span[0], span[1]):
         v = load(tile[0], e)
@@ -361,30 +377,35 @@ def _flips(tile, span, top, codes):
     for e in range(span[0], span[1]):
         v = load(tile[0], e)
         q = clip(nearest(inv * v), ZERO - top, top - ONE)
-        store(codes, e - span[0], q)
+        store(codes, e, q)
         sxl = sxl + v * v * v * q
         sll = sll + v * v * q * q
-    for _ in range(5):
-        moved = spread(ZERO)
-        for e in range(span[0], span[1]):
-            v = load(tile[0], e)
-            q = load(codes, e - span[0])
-            weight = v * v
-            sxl_e = sxl - weight * v * q
-            sll_e = sll - weight * q * q
-            sound = sxl_e > ZERO
-            new = clip(nearest(where(sound, quotient(v * sll_e, sxl_e), q)), ZERO - top, top - ONE)
-            sxl_e = sxl_e + weight * v * new
-            sll_e = sll_e + weight * new * new
-            step = new - q
-            better = sound & (step * step > ZERO) & (sll_e > ZERO) & (sxl_e * sxl_e * sll > sxl * sxl * sll_e)
-            store(codes, e - span[0], where(better, new, q))
-            sxl = where(better, sxl_e, sxl)
-            sll = where(better, sll_e, sll)
-            moved = where(better, ONE, moved)
-        if not any_lane(moved > ZERO):
-            break
-    return quotient(sxl, sll)
+    return sxl, sll
+
+
+@inner
+def _flips(tile, scales, sub, top):
+    """Scales of Q3_K's sub-blocks without an imatrix: codes move one by one, five times around, weights x * x.
+
+    Each move waits for the one before it, so two sub-blocks go side by side; once neither moves, both stand.
+    """
+    codes = np.empty((tile.shape[1], 16), np.float32)
+    for first in range(0, tile.shape[1], 2 * sub):
+        second = first + sub
+        sums0 = _plain_codes(tile, (first, second), top, codes)
+        sums1 = _plain_codes(tile, (second, second + sub), top, codes)
+        for _ in range(5):
+            moved = spread(ZERO)
+            for e in range(first, second):
+                q0, sums0, moved0 = _flip(load(tile[0], e), load(codes, e), sums0, top)
+                q1, sums1, moved1 = _flip(load(tile[0], e + sub), load(codes, e + sub), sums1, top)
+                store(codes, e, q0)
+                store(codes, e + sub, q1)
+                moved = moved + moved0 + moved1
+            if not any_lane(moved > ZERO):
+                break
+        store(scales, first // sub, quotient(sums0[0], sums0[1]))
+        store(scales, second // sub, quotient(sums1[0], sums1[1]))
 
 
 @inner
@@ -433,16 +454,13 @@ def symmetric(tile, state, shape, table, manner):
     else:
         weights = squares(tile)
     values = np.empty((2, n_sub, 16), np.float32)
-    codes = np.empty((sub, 16), np.float32)
-    for k in range(n_sub):
-        span = (k * sub, k * sub + sub)
-        if manner[0] == 4:
-            scale = _flips(tile, span, shape[2], codes)
-            sw = scale
-        else:
-            scale, sw = scale_fan(tile, weights, span, shape, table, manner)
-        store(values[0], k, scale)
-        store(values[1], k, sw)
+    if manner[0] == 4:
+        _flips(tile, values[0], sub, shape[2])
+    else:
+        for k in range(n_sub):
+            scale, sw = scale_fan(tile, weights, (k * sub, k * sub + sub), shape, table, manner)
+            store(values[0], k, scale)
+            store(values[1], k, sw)
     last = state.shape[0] - 1
     if n_sub == 1:
         store(state[last], 0, spread(ONE))
