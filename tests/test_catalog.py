@@ -26,6 +26,7 @@ from weightsmith.errors import (
 )
 from weightsmith.locate import locate
 from weightsmith.store import RECORD
+from weightsmith.usage import on_disk
 
 
 def model(text: str = "a") -> bytes:
@@ -192,8 +193,8 @@ def test_remove(catalog: Catalog) -> None:
         catalog.remove("m:original")
     assert len(catalog.entries()) == 2
     put(catalog, "copy:original", "a")
-    size = root.nbytes + (root.folder / RECORD).stat().st_size
-    assert catalog.remove("m:original").freed == size
+    record = (root.folder / RECORD).stat().st_size
+    assert catalog.remove("m:original").freed == record, "its twin is the same file and has the same manifest"
     assert [entry.ref for entry in catalog.lineage("m:q4_0")] == ["m:q4_0", "copy:original"], "its twin stands in"
     catalog.remove("m:q4_0")
     assert not (catalog.models / "m").exists()
@@ -204,8 +205,10 @@ def test_remove(catalog: Catalog) -> None:
 def test_remove_tells_what_becomes_free(catalog: Catalog, tmp_path: Path) -> None:
     entry = put(catalog, "m:t")
     os.link(entry.path, tmp_path / "elsewhere.gguf")
-    record = (entry.folder / RECORD).stat().st_size
-    assert catalog.remove("m:t").freed == record
+    index = catalog.home / "index.json"
+    before = on_disk([catalog.home]) - index.stat().st_size
+    freed = catalog.remove("m:t").freed
+    assert freed == before - (on_disk([catalog.home]) - index.stat().st_size) - entry.nbytes
     assert (tmp_path / "elsewhere.gguf").read_bytes() == model()
 
 

@@ -23,6 +23,8 @@ LAYERS = (
         *(
             "weightsmith.catalog",
             "weightsmith.store",
+            "weightsmith.inventory",
+            "weightsmith.oci",
             "weightsmith.locate",
             "weightsmith.sources",
             "weightsmith.pull",

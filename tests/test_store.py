@@ -79,7 +79,9 @@ def test_freed_bytes_counts_what_nobody_else_holds(tmp_path: Path) -> None:
     (tmp_path / "d" / "own").write_bytes(b"12345")
     (tmp_path / "shared").write_bytes(b"1234567")
     os.link(tmp_path / "shared", tmp_path / "d" / "shared")
-    assert freed_bytes(tmp_path / "d") == 5
+    names = [tmp_path / "d" / "own", tmp_path / "d" / "shared", tmp_path / "d" / "gone"]
+    assert freed_bytes(names) == 5
+    assert freed_bytes([*names, tmp_path / "shared"]) == 12
 
 
 def test_lock_is_exclusive_between_processes(tmp_path: Path) -> None:
@@ -159,6 +161,7 @@ def test_record_round_trip(tmp_path: Path) -> None:
         {"format": 2},
         {"files": []},
         {"files": [{"path": "../x", "size": 1, "sha256": "a"}]},
+        {"files": [{"path": "x", "size": 1, "sha256": "../../x"}], "digest": digest_of([File("x", 1, "../../x")])},
         {"files": 5},
         {"extra": 1},
         {"origin": []},

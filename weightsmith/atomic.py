@@ -250,7 +250,11 @@ def _remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file by rename, durably."""
-    data = text.encode()
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file by rename, durably."""
     file = AtomicFile(path, len(data), overwrite=True)
     try:
         file.write(0, data)

@@ -1,6 +1,7 @@
 """The catalog: what models there are, where each came from, and how each was made.
 
     HOME/models/NAME/TAG/     one checkpoint: its files, and weightsmith.json, the record (see store.py)
+    HOME/blobs/, index.json   the same as an OCI image layout, written from the records (see oci/)
 
 The record lies inside the folder, so one rename makes files and record appear together. `parent` is the digest of what
 an entry was made from and `recipe` how (tool, version, parameters, no paths, no times); following parents leads to the
@@ -11,6 +12,7 @@ Writing is under the lock HOME/models/.lock. Reading takes no lock: entries appe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -23,13 +25,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from weightsmith import store
+from weightsmith import inventory, oci, store
 from weightsmith._version import __version__
 from weightsmith.atomic import disk_errors, sync_folder, write_text
 from weightsmith.errors import (
-    IntegrityError,
     NotFoundError,
     OutputExistsError,
+    ResourceError,
     UnsafeInputError,
     UsageError,
     WeightsmithError,
@@ -44,8 +46,6 @@ __all__ = ["Catalog", "Entry", "File", "Removed", "Reservation", "tag_for"]
 log = logging.getLogger(__name__)
 
 ORIGINAL = "original"
-_WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
-_STAGES = (".old", ".gone")  # `.TAG.old` waits for its replacement, `.TAG.gone` for removal
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Removed:
 
 def check_word(word: str, what: str) -> str:
     """Return `word` if it can be a catalog name or tag, else raise UsageError."""
-    if not _WORD.fullmatch(word):
+    if not inventory.WORD.fullmatch(word):
         hint = "Small letters, digits, dots, dashes and underscores, at most 96, the first a letter or digit."
         raise UsageError(f"{word!r} cannot be a {what}", hint=hint)
     try:
@@ -82,12 +82,9 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """Every entry, by name and tag. A damaged record is warned about and left out."""
-        entries = []
-        for folder in self._folders():
-            try:
-                entries.append(read_record(folder))
-            except IntegrityError as error:
-                log.warning("%s", error)
+        entries, faults = inventory.read_all(self.models)
+        for error in faults:
+            log.warning("%s", error)
         return entries
 
     def get(self, ref: str) -> Entry:
@@ -98,7 +95,7 @@ class Catalog:
         name, tag = self.split(ref)
         tags = self.tags(name)
         if not tags:
-            names = {folder.parent.name for folder in self._folders()}
+            names = {folder.parent.name for folder in inventory.folders(self.models)}
             hint = did_you_mean(name, names) or "`weightsmith list` shows what there is."
             raise NotFoundError(f"no model {name!r} in the catalog", hint=hint)
         if tag is None:
@@ -115,7 +112,7 @@ class Catalog:
 
     def tags(self, name: str) -> list[str]:
         """The tags that `name` has, sorted; empty for an unknown name."""
-        return [folder.name for folder in self._folders(check_word(name, "name"))]
+        return [folder.name for folder in inventory.folders(self.models, check_word(name, "name"))]
 
     def path(self, ref: str) -> Path:
         """What to open for `ref`: the GGUF file (the first of its splits), else the folder."""
@@ -157,15 +154,28 @@ class Catalog:
                 entry = self.get(ref)
                 tag = entry.tag
                 self._refuse_orphans(entry, force=force)
-            folder = self.models / name / tag
-            freed = store.freed_bytes(folder)
-            gone = folder.with_name(f".{tag}.gone")
-            with disk_errors(folder):
-                os.replace(folder, gone)
-                shutil.rmtree(gone)
-                if not any(child.is_dir() for child in folder.parent.iterdir()):
-                    shutil.rmtree(folder.parent)
+            entries, faults = inventory.read_all(self.models)
+            gone = [entry for entry in entries if (entry.name, entry.tag) == (name, tag)]
+            rest = [entry for entry in entries if (entry.name, entry.tag) != (name, tag)]
+            blobs = oci.exclusive(self.home, gone, rest, doubt=bool(faults))
+            folder = self.models / name / str(tag)
+            freed = store.freed_bytes([*folder.rglob("*"), *blobs])
+            self._take_away(folder, blobs)
         return Removed(f"{name}:{tag}", freed)
+
+    def _take_away(self, folder: Path, blobs: list[Path]) -> None:
+        """First nobody sees the entry, then the index does not name it, then its blobs go."""
+        gone = folder.with_name(f".{folder.name}.gone")
+        with disk_errors(folder):
+            os.replace(folder, gone)
+            sync_folder(folder.parent)
+            shutil.rmtree(gone)
+            if not any(child.is_dir() for child in folder.parent.iterdir()):
+                shutil.rmtree(folder.parent)
+        with contextlib.suppress(ResourceError):  # on a full disk the index must wait until bytes are free
+            oci.sync(self.home)
+        oci.drop(self.home, blobs)
+        oci.sync(self.home)
 
     def lineage(self, ref: str) -> list[Entry]:
         """The entry `ref`, what it was made from, and so on to the original.
@@ -201,20 +211,6 @@ class Catalog:
                 f"{entry.ref} is what {', '.join(children)} came from",
                 hint="They could not be checked or rebuilt without it. Remove them first, or pass --force.",
             )
-
-    def _folders(self, name: str | None = None) -> list[Path]:
-        """Folders that hold a record, sorted; never through a symbolic link."""
-        try:
-            names = [self.models / name] if name is not None else sorted(self.models.iterdir())
-            return [
-                tag
-                for folder in names
-                if _WORD.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
-                for tag in sorted(folder.iterdir())
-                if _WORD.fullmatch(tag.name) and not tag.is_symlink() and (tag / RECORD).is_file()
-            ]
-        except FileNotFoundError:
-            return []
 
 
 class Reservation:
@@ -257,24 +253,33 @@ class Reservation:
     def link(self, entry: Entry) -> Entry:
         """Make `name:tag` an alias of `entry`: the same files by link, the same record; replaces what stood there."""
         for file in entry.files:
-            store.take_in(entry.folder / file.path, self.folder / file.path)
+            store.take_in(entry.folder / file.path, self.folder / file.path, own=True)
         folder = self.catalog.models / self.name / self.tag
         alias = dataclasses.replace(entry, name=self.name, tag=self.tag, folder=folder, alias_of=entry.tag)
         return self._place(alias, overwrite=True)
 
     def _place(self, entry: Entry, *, overwrite: bool) -> Entry:
         write_text(self.folder / RECORD, record_text(entry))
-        target = entry.folder
+        home, target, scratch = self.catalog.home, entry.folder, self._staging.base / "link"
+        for file in entry.files:  # what lies here already is hashed before others have to wait for it
+            with contextlib.suppress(oci.CannotLinkError):
+                oci.adopt(home, self.folder / file.path, file, scratch)
         with store.locked(self.catalog.models / ".lock"), disk_errors(target):
             target.parent.mkdir(exist_ok=True)
-            _recover(target.parent)
-            if (target / RECORD).is_file() and not overwrite:
-                there = read_record(target)
+            inventory.recover(target.parent)
+            there = read_record(target) if (target / RECORD).is_file() and not overwrite else None
+            if there is not None:
                 if there.digest != entry.digest:
                     hint = "Remove it first, pass --force, or choose another tag."
                     raise OutputExistsError(f"{entry.ref} is already in the catalog", hint=hint)
                 return there
+            former = [old for old in inventory.read_all(self.catalog.models)[0] if old.ref == entry.ref]
+            with contextlib.suppress(oci.CannotLinkError):  # `sync` tells
+                oci.publish(home, self.folder, entry, scratch=scratch)
             _swap_in(self.folder, target)
+            oci.sync(home)
+            rest, faults = inventory.read_all(self.catalog.models)
+            oci.drop(home, oci.exclusive(home, former, rest, doubt=bool(faults)))
         self._staging.release()
         return entry
 
@@ -365,15 +370,3 @@ def _swap_in(folder: Path, target: Path) -> None:
     os.replace(folder, target)
     sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(folder: Path) -> None:
-    """Finish what a process that died between two renames left: bring an old entry back, or drop what is gone."""
-    for left in list(folder.glob(".*")):
-        target = folder / left.stem[1:]
-        if left.suffix not in _STAGES or left.is_symlink():
-            continue
-        if left.suffix == ".old" and not target.exists():
-            os.replace(left, target)
-        else:
-            shutil.rmtree(left, ignore_errors=True)

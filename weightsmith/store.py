@@ -1,6 +1,7 @@
 """Where models lie on disk: the home folder, staging folders, locks, hashing, taking files in, and the record.
 
     HOME/models/NAME/TAG/     the files under their real names, and weightsmith.json, the record
+    HOME/blobs/, index.json   the same files by content: an OCI image layout (see oci/)
     HOME/staging/ID/          what is being made; its `.lock` is held while its maker lives
     HOME/downloads/KEY/       downloads, unfinished or waiting for the rest of their checkpoint (see sources/keep.py)
     HOME/hub/                 listings of hub repositories by commit, for `--offline` (see sources/hub.py)
@@ -25,10 +26,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,6 +46,7 @@ from weightsmith.safename import check_name
 log = logging.getLogger(__name__)
 
 RECORD = "weightsmith.json"
+HEX = re.compile(r"[0-9a-f]{64}")  # a SHA-256, before it becomes part of a path
 MAX_RECORD = 32 << 20
 CHUNK = 1 << 20
 _FICLONE = 0x40049409  # linux/fs.h, _IOW(0x94, 9, int)
@@ -128,7 +132,8 @@ def read_record(folder: Path) -> Entry:
         evaluations = tuple(raw.pop("evaluations"))
         entry = Entry(folder=folder, files=files, evaluations=evaluations, **raw)
         sound = entry.digest == digest_of(files) and (entry.name, entry.tag) == (folder.parent.name, folder.name)
-        sound = sound and isinstance(entry.origin, dict) and all(isinstance(f.size, int) for f in files)
+        sound = sound and isinstance(entry.origin, dict)
+        sound = sound and all(isinstance(f.size, int) and HEX.fullmatch(f.sha256) for f in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UnsafeInputError) as error:
         raise IntegrityError("the record is damaged", path=path, hint=hint) from error
     if not sound:
@@ -268,9 +273,10 @@ def sha256_file(path: Path, ticker: Ticker | None = None) -> str:
     return digest.hexdigest()
 
 
-def take_in(source: Path, target: Path) -> str:
+def take_in(source: Path, target: Path, *, own: bool = False) -> str:
     """Make `target` hold what `source` (its links followed) holds, without moving or changing `source`.
 
+    own: `source` is the catalog's, which nobody edits, so that a hard link comes before a reflink: one file, one blob.
     Returns "reflink", "hardlink" or "copy". Raises UnsafeInputError (not a regular file), ResourceError (disk full).
     """
     source = source.resolve(strict=True)
@@ -279,7 +285,7 @@ def take_in(source: Path, target: Path) -> str:
         raise UnsafeInputError("not a regular file", path=source, hint="Only plain files are taken in.")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    if _reflink(source, target):
+    if not own and _reflink(source, target):
         return "reflink"
     try:
         os.link(source, target)
@@ -289,6 +295,8 @@ def take_in(source: Path, target: Path) -> str:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP):
             raise WeightsmithError(f"cannot link: {error.strerror}", path=target) from error
+    if own and _reflink(source, target):
+        return "reflink"
     need_space(target, status.st_size)
     with disk_errors(target):
         shutil.copyfile(source, target)
@@ -311,11 +319,17 @@ def _reflink(source: Path, target: Path) -> bool:
     return True
 
 
-def freed_bytes(folder: Path) -> int:
-    """Bytes that removing `folder` frees: files that another name still holds count nothing."""
-    total = 0
-    for path in folder.rglob("*"):
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            total += status.st_size
-    return total
+def freed_bytes(paths: Iterable[Path]) -> int:
+    """Bytes that removing the files `paths` frees: what has another name besides these stays and counts nothing."""
+    names: Counter[tuple[int, int]] = Counter()
+    found: dict[tuple[int, int], os.stat_result] = {}
+    for path in paths:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # somebody finished meanwhile
+        if stat.S_ISREG(status.st_mode):
+            inode = status.st_dev, status.st_ino
+            names[inode] += 1
+            found[inode] = status
+    return sum(status.st_size for inode, status in found.items() if status.st_nlink <= names[inode])

@@ -1,12 +1,14 @@
 """What the catalog takes on disk, and what of it may go.
 
 Bytes are counted once however many names a file has (inode), and a file is counted as freed by removing an entry only
-if all its names lie in that entry: links of an alias, of another tag, or of the user's own folder keep the bytes alive.
-Copies that share blocks below the file system (reflinks) look like separate files and are counted as such.
+if all its names go with that entry, its blob's among them: links of an alias, of another tag, or of the user's own
+folder keep the bytes alive. Copies that share blocks below the file system (reflinks) look like separate files and are
+counted as such.
 
 Garbage is what no entry refers to and nobody works on: staging folders whose maker is gone, unfinished work and
-downloads that nobody touched for a while (until then the same command goes on with them), and what an interrupted
-removal left. Entries are never garbage, nor is anything whose purpose is not known.
+downloads that nobody touched for a while (until then the same command goes on with them), what an interrupted removal
+left, blobs and statements that no entry reaches, and second copies of a blob. Entries are never garbage, nor is
+anything whose purpose is not known.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import os
 import shutil
 import stat
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith import store
+from weightsmith import oci, store
 from weightsmith.catalog import Catalog
 from weightsmith.store import Entry
 
 DAY = 24 * 3600
+TWICE = "a second copy of a blob"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +52,40 @@ class Garbage:
 
 def by_entry(catalog: Catalog) -> list[Usage]:
     """The usage of every entry, in the catalog's order."""
+    entries = catalog.entries()
+    blobs = oci.holders(catalog.home, entries)
     found = []
-    for entry in catalog.entries():
-        files = list(_files(entry.folder))
-        nbytes = sum(status.st_size for _, status in files)
-        freed = _freed(files)
-        found.append(Usage(entry, nbytes, nbytes - freed, freed))
+    for entry in entries:
+        going = _going(blobs, {entry.ref})
+        own = {oci.blob_path(catalog.home, file.sha256) for file in entry.files}
+        nbytes = on_disk([entry.folder])
+        freed = store.freed_bytes([*(path for path, _ in _files(entry.folder)), *going])
+        beside = store.freed_bytes(path for path in going if path not in own)  # its manifest, and statements about it
+        found.append(Usage(entry, nbytes, nbytes - (freed - beside), freed))
     return found
 
 
 def freed_by_model(catalog: Catalog) -> dict[str, int]:
     """Bytes that removing all tags of a model frees, by name."""
-    files: defaultdict[str, list[tuple[Path, os.stat_result]]] = defaultdict(list)
-    for entry in catalog.entries():
-        files[entry.name] += _files(entry.folder)
-    return {name: _freed(found) for name, found in files.items()}
+    entries = catalog.entries()
+    blobs = oci.holders(catalog.home, entries)
+    models: defaultdict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        models[entry.name].append(entry)
+    return {
+        name: store.freed_bytes(
+            [
+                *(path for entry in tags for path, _ in _files(entry.folder)),
+                *_going(blobs, {entry.ref for entry in tags}),
+            ]
+        )
+        for name, tags in models.items()
+    }
+
+
+def _going(blobs: dict[Path, set[str]], refs: set[str]) -> list[Path]:
+    """The blobs that go when the entries `refs` go."""
+    return [path for path, holders in blobs.items() if holders <= refs]
 
 
 def on_disk(folders: Iterable[Path]) -> int:
@@ -76,19 +98,26 @@ def on_disk(folders: Iterable[Path]) -> int:
 
 
 def garbage(catalog: Catalog, *, older_than: float = 7 * DAY) -> list[Garbage]:
-    """What may go. older_than: seconds since unfinished work or a download was last touched."""
-    home, now, found = catalog.home, time.time(), []
+    """What may go. older_than: seconds since unfinished work or a download was last touched.
 
-    def add(path: Path, what: str, *, at_least: float) -> None:
-        files = list(_files(path))
-        touched = max([path.lstat().st_mtime, *(status.st_mtime for _, status in files)])
+    The bytes of a file with several names are counted where the last of them would go.
+    """
+    home, now = catalog.home, time.time()
+    found: list[tuple[Path, str, float, list[Path]]] = []
+
+    def add(path: Path, what: str, *, at_least: float = 0) -> None:
+        try:
+            touched = path.lstat().st_mtime
+        except FileNotFoundError:
+            return  # somebody finished meanwhile
+        files = list(_files(path)) if path.is_dir() else []
+        touched = max([touched, *(status.st_mtime for _, status in files)])
         if now - touched >= at_least:
-            nbytes = _freed(files)
-            found.append(Garbage(path, what, nbytes, max(0.0, now - touched)))
+            found.append((path, what, max(0.0, now - touched), [inside for inside, _ in files] or [path]))
 
     for folder in _children(home / "staging"):
         if folder.is_dir() and store.is_free(folder / ".lock"):
-            add(folder, "staging of a run that is gone", at_least=0)
+            add(folder, "staging of a run that is gone")
     for folder in _children(home / "work"):
         if folder.is_dir() and not _in_use(folder):
             add(folder, "unfinished work", at_least=older_than)
@@ -98,24 +127,50 @@ def garbage(catalog: Catalog, *, older_than: float = 7 * DAY) -> list[Garbage]:
     for model in _children(catalog.models):
         for left in _children(model) if model.is_dir() else ():
             if left.name.startswith(".") and left.suffix == ".gone":
-                add(left, "an interrupted removal", at_least=0)
+                add(left, "an interrupted removal")
             elif left.name.startswith(".") and left.suffix == ".old" and (model / left.stem[1:]).exists():
-                add(left, "an interrupted replacement", at_least=0)
-    return found
+                add(left, "an interrupted replacement")
+    for path in oci.stray(home):
+        add(path, "a blob of no entry" if path.is_relative_to(home / "blobs") else "a statement about no entry")
+    for path, _ in oci.unlinked(home):
+        add(path, TWICE)
+    return [Garbage(*one) for one in _counted(found)]
+
+
+def _counted(found: list[tuple[Path, str, float, list[Path]]]) -> Iterator[tuple[Path, str, int, float]]:
+    before, freed = [], 0
+    for path, what, age, files in found:
+        before += files
+        total = store.freed_bytes(before)
+        yield path, what, total - freed, age
+        freed = total
 
 
 def collect(catalog: Catalog, found: Iterable[Garbage]) -> int:
-    """Remove `found`, looking once more that it is nobody's; returns the bytes that became free."""
-    freed = 0
+    """Remove `found`, looking once more that it is nobody's, and bring the image layout up to date.
+
+    Returns the bytes that became free.
+    """
+    freed, home = 0, catalog.home
+    found = list(found)
     for item in found:
-        if item.path.parent == catalog.home / "staging":
-            store.sweep(catalog.home)
-        elif item.path.is_relative_to(catalog.models):
-            with store.locked(catalog.models / ".lock"):
-                shutil.rmtree(item.path, ignore_errors=True)
-        elif not _in_use(item.path):
+        if item.path.parent == home / "staging":
+            store.sweep(home)
+        elif item.path.parent in (home / "work", home / "downloads") and not _in_use(item.path):
             shutil.rmtree(item.path, ignore_errors=True)
-        freed += 0 if item.path.exists() else item.nbytes
+    if catalog.models.is_dir():
+        with store.locked(catalog.models / ".lock"):
+            for item in found:
+                if item.path.is_relative_to(catalog.models) and item.what != TWICE:
+                    shutil.rmtree(item.path, ignore_errors=True)
+            oci.sync(home)
+            oci.unite(home)
+            named = {item.path for item in found}
+            oci.drop(home, [path for path in oci.stray(home) if path in named])
+    twice = {path for path, _ in oci.unlinked(home)}
+    for item in found:
+        there = item.path in twice if item.what == TWICE else os.path.lexists(item.path)
+        freed += 0 if there else item.nbytes
     return freed
 
 
@@ -133,12 +188,6 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue  # somebody finished meanwhile
         if stat.S_ISREG(status.st_mode):
             yield path, status
-
-
-def _freed(files: list[tuple[Path, os.stat_result]]) -> int:
-    names = Counter((status.st_dev, status.st_ino) for _, status in files)
-    links = {(status.st_dev, status.st_ino): status for _, status in files}
-    return sum(status.st_size for inode, status in links.items() if status.st_nlink <= names[inode])
 
 
 def _children(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.tiny import write_llama
 from weightsmith.cli.app import run
+from weightsmith.usage import on_disk
 
 Told = Callable[..., dict[str, Any]]
 OLD = time.time() - 8 * 24 * 3600
@@ -129,8 +130,21 @@ def test_du_counts_shared_bytes_once(catalog: Path, told: Told) -> None:
     # The truth, measured: what removing one entry and then the whole model gives back.
     assert told("rm", "tiny:q8_0")["freed"] == by_ref["tiny:q8_0"]["freed"]
     assert told("du", "tiny:prod")["entries"][0]["shared"] == 0
-    links = sum(p.stat().st_size for p in (catalog / "models").rglob("*") if p.is_file() and p.stat().st_nlink > 1)
-    assert told("du")["models"] == {"tiny": told("du")["bytes"] - links}
+
+    def measured() -> int:
+        return on_disk([catalog]) - (catalog / "index.json").stat().st_size
+
+    before, promised, removed = measured(), told("du")["models"]["tiny"], 0
+    for ref in ("tiny:prod", "tiny:f16", "tiny:original"):
+        by_ref = {entry["ref"]: entry for entry in told("du")["entries"]}
+        at = measured()
+        freed = told("rm", ref)["freed"]
+        mine = sum(p.stat().st_size for p in Path("tiny").iterdir()) if ref == "tiny:original" else 0
+        assert freed == by_ref[ref]["freed"] == at - measured() - mine
+        removed += freed
+    assert removed == promised
+    assert before - promised == measured() + mine, "of what was pulled from a folder, the folder still holds the bytes"
+    assert not list((catalog / "blobs" / "sha256").iterdir())
 
 
 def test_gc_takes_garbage_and_nothing_else(catalog: Path, told: Told) -> None:

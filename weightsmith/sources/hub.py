@@ -221,7 +221,7 @@ def _take(session: _Session, listing: Listing, name: str, target: Path, place: s
     target.unlink(missing_ok=True)
     with keep.held(session.home, listed.identity) as folder:
         for known in _known(session, listing, name, folder):
-            take_in(known, target)
+            take_in(known, target, own=known.is_relative_to(session.home))
             sha256, wrong = prove(target, listed, session.ticker)
             if not wrong:
                 return FetchedFile(place, listed.size, sha256)
