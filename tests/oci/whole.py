@@ -48,11 +48,7 @@ def check(home: Path) -> dict[str, Any]:
         manifest = json.loads(blob(home, descriptor))
         assert manifest["mediaType"] == descriptor["mediaType"] == "application/vnd.oci.image.manifest.v1+json"
         assert manifest["artifactType"] == descriptor["artifactType"]
-        for part in (
-            manifest["config"],
-            *manifest["layers"],
-            *([manifest["subject"]] if "subject" in manifest else []),
-        ):
+        for part in (manifest["config"], *manifest["layers"], manifest.get("subject", descriptor)):
             blob(home, part)
         name = descriptor.get("annotations", {}).get(REF, descriptor["digest"])
         assert name not in found
@@ -77,15 +73,12 @@ def check_settled(home: Path) -> dict[str, Any]:
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]), path
             assert inodes.setdefault(file["sha256"], path.stat().st_ino) == path.stat().st_ino, path
             assert (home / "blobs" / "sha256" / file["sha256"]).stat().st_ino == path.stat().st_ino
-    for descriptor in json.loads((home / "index.json").read_bytes())["manifests"]:
+    index = json.loads((home / "index.json").read_bytes())["manifests"]
+    models = {descriptor["digest"] for descriptor in index if descriptor["artifactType"] == MODEL}
+    for descriptor in index:
         manifest = json.loads(blob(home, descriptor))
-        needed |= {
-            descriptor["digest"],
-            manifest["config"]["digest"],
-            *(layer["digest"] for layer in manifest["layers"]),
-        }
-        subject = manifest.get("subject", {}).get("digest")
-        assert subject is None or any(found[ref]["artifactType"] == MODEL for ref in records)
+        needed |= {part["digest"] for part in (descriptor, manifest["config"], *manifest["layers"])}
+        assert "subject" not in manifest or manifest["subject"]["digest"] in models
     assert {f"sha256:{path.name}" for path in (home / "blobs" / "sha256").iterdir()} == needed
     assert [path.name for path in (home / "models").glob("*/.*")] == []
     return found
