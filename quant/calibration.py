@@ -21,6 +21,7 @@ from torch import Tensor
 from weightsmith.errors import IntegrityError
 
 MIRROR = 1024  # columns mirrored at a time
+STRIP = 256  # rows of H in one product, which leaves out what lies before their first column
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +36,7 @@ class Moments:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens: int = 0
     diagonal: Tensor = field(init=False)
-    _h: Tensor | None = field(init=False, default=None)
+    _h: Tensor | None = field(init=False, default=None)  # of its lower half only the diagonal squares are kept up
 
     def __post_init__(self) -> None:
         self.diagonal = torch.zeros(self.size, dtype=torch.float64, device=self.device)
@@ -50,7 +51,8 @@ class Moments:
         for start in range(0, len(rows), 256):
             self.diagonal += rows[start : start + 256].square().sum(dim=0).double()
         if self._h is not None:
-            self._h.addmm_(rows.T, rows)
+            for start in range(0, self.size, STRIP):
+                self._h[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].T, rows[:, start:])
 
     def merge(self, other: Moments) -> None:
         """Count what `other`, of the same size and with H, counted."""
@@ -73,6 +75,14 @@ class Moments:
             if self._h is not None:
                 self._h.diagonal().add_(added)
         self.tokens += tokens
+
+    def divide(self, scales: Tensor) -> None:
+        """As if every input had been divided by scales [in], all above 0."""
+        by = scales.to(self.diagonal.device)
+        self.diagonal /= by.double().square()
+        if self._h is not None:
+            self._h /= by.float()
+            self._h /= by.float()[:, None]
 
     @property
     def h(self) -> Tensor:

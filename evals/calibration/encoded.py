@@ -99,7 +99,7 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
 
         if resumed <= count:
             left, made = set(linears), Parts()
-            for block in calibrate(reader, text, options.calibration, finished=finished, head=measured):
+            for block in calibrate(reader, tokens, options.calibration, finished=finished, head=measured):
                 made |= _encode_block(block, options)
                 left -= set(block.moments)
                 if not any(name.startswith(block.prefix) for name in left):

@@ -17,7 +17,8 @@ from weightsmith.quant.algorithms.rtn import Grid
 def fold(block: Block, source: str, targets: tuple[str, ...], grid: Grid, sharing: tuple[int, int]) -> None:
     """Scale the linears `targets` and unscale `source`, both by name within the layer; block.weights gets new tensors.
 
-    sharing: (key heads, query heads of each), used where source has fewer rows than the targets have columns.
+    Where `source` is a norm, the moments become those of its new output. sharing: (key heads, query heads of each),
+    used where source has fewer rows than the targets have columns.
     """
     weights = block.weights
     moments = block.moments[f"{block.prefix}{targets[0]}.weight"]
@@ -34,3 +35,5 @@ def fold(block: Block, source: str, targets: tuple[str, ...], grid: Grid, sharin
             old = weights[key]
             by = scales if old.ndim == 1 else scales[:, None]
             weights[key] = (old.float() / by).to(old.dtype)
+    if weights[f"{source}.weight"].ndim == 1:
+        moments.divide(scales)

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith._version import __version__
@@ -35,6 +37,7 @@ from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
 from weightsmith.quant.algorithms.moments import loss_of, shrinkage
 from weightsmith.quant.algorithms.rtn import Grid, Quantized
+from weightsmith.quant.calibration import Moments
 from weightsmith.quant.recipes import is_matrix
 from weightsmith.types import Reader, TensorInfo
 
@@ -114,7 +117,7 @@ def quantize_packed(
             return work.weights(index, layout, linears, _prefix(reader, index)) if index < resumed else None
 
         if resumed < reader.config.n_layers:
-            losses = _quantize(reader, text, options, work, layout, finished)
+            losses = _quantize(reader, tokens, options, work, layout, finished)
         packing = packed_writer.Packing(layout, layout.settings.dump(), set(linears), options.codec)
         path = _assemble(reader, out, packing, work, options, overwrite=overwrite, notes=notes)
         work.remove()
@@ -129,7 +132,7 @@ def plan_packed(reader: Reader, options: PackedOptions) -> list[TensorInfo]:
 
 
 def _quantize(
-    reader: Reader, text: str, options: PackedOptions, work: Work, layout: AnyLayout, finished: Finished
+    reader: Reader, tokens: NDArray[np.int64], options: PackedOptions, work: Work, layout: AnyLayout, finished: Finished
 ) -> dict[str, float]:
     """Quantize what is not finished, layer after layer into `work`; losses by canonical name."""
     feeds = load(reader).kind.FEEDS
@@ -137,16 +140,18 @@ def _quantize(
     made: Parts = {}
     losses: dict[str, float] = {}
 
-    def prepare(block: Block) -> None:
+    def prepare(block: Block, ahead: Mapping[str, Moments]) -> None:
         for source, targets in feeds:
-            fold(block, source, targets, options.grid, sharing)
-        for name in (f"{source}.{kind}" for source, _ in feeds for kind in ("weight", "bias")):
-            if name in block.weights and block.weights[name].ndim == 1:
-                made[name] = block.weights[name].float().cpu().numpy()
+            known = ahead if block.weights[f"{source}.weight"].ndim > 1 else block.moments
+            if f"{block.prefix}{targets[0]}.weight" in known:
+                fold(replace(block, moments=dict(known)), source, targets, options.grid, sharing)
+                for key in (f"{source}.weight", f"{source}.bias"):
+                    if key in block.weights and block.weights[key].ndim == 1:
+                        made[key] = block.weights[key].float().cpu().numpy()
 
     left = set(_linears(reader, layout))
     chosen = prepare if options.scaled else None
-    for block in calibrate(reader, text, options.calibration, finished=finished, prepare=chosen):
+    for block in calibrate(reader, tokens, options.calibration, finished=finished, prepare=chosen):
         made |= _quantize_block(block, layout, options, losses)
         left -= set(losses)
         if not any(name.startswith(block.prefix) for name in left):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,10 +42,16 @@ class States:
         """True if they lie in a file."""
         return self._kept is None
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that they take."""
+        return 0 if self._kept is None else self._row_bytes * self.shape[0]
+
     def take(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) on the CPU; not to be changed in place."""
+        """Rows [start, stop), those that there are, on the CPU; not to be changed in place."""
         if self._kept is not None:
             return self._kept[start:stop]
+        stop = min(stop, self.shape[0])
         found = np.empty((stop - start, *self.shape[1:]), np.float32)
         view, done = found.view(np.uint8).reshape(-1).data, 0
         with disk_errors(self._folder):
@@ -64,11 +69,6 @@ class States:
         with disk_errors(self._folder):
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done:], start * self._row_bytes + done)
-
-    def pieces(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) in pieces of `step` rows."""
-        for start in range(0, self.shape[0], step):
-            yield start, self.take(start, min(start + step, self.shape[0]))
 
     def close(self) -> None:
         """Free memory or file."""

@@ -4,16 +4,20 @@ Linears that are fed by the same tensor (query, key and value; gate and up) form
 sequential pass a layer goes through its groups in order of computation: the group's inputs are measured with the
 weights as they stand, the consumer may replace them by what their quantized form computes, and the next group is
 measured behind that. So every quantizer sees the inputs that its linear will really get, and can make up for what the
-ones before it lost. A pass for a group stops at the first linear of the next one, so a layer of g groups costs about
-(g + 1) / 2 + 1 evaluations. A pass that only measures (`imatrix`) costs one. `routed` says how experts are measured.
+ones before it lost. What feeds the next group is carried from stage to stage (`forward.stages`), so a layer costs one
+evaluation. Only a mixture of experts, which is one stage, is evaluated again for each of its groups; `routed` says how.
+
+Scales that move between linears (`prepare`) are told before a group is quantized: from its own moments where a norm
+feeds it, and where one of its linears feeds the next group from moments of that, which a sample of the rows is sent
+ahead for, through the weights as they stand.
 
 Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cpp tools/imatrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith.evals.calibration import routed
+from weightsmith.evals.calibration.carry import Carry
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.states import States
 from weightsmith.evals.engines.torch import threads
 from weightsmith.evals.forward import Decoder, load, weights
+from weightsmith.evals.forward.stages import Stage
 from weightsmith.formats import archs
 from weightsmith.progress import progress
 from weightsmith.quant.calibration import Moments
@@ -36,8 +41,10 @@ if TYPE_CHECKING:
     from weightsmith.formats.imatrix import Imatrix
 
 Finished = Callable[[int], Mapping[str, Tensor] | None]
-Prepare = Callable[["Block"], None]
+Prepare = Callable[["Block", Mapping[str, Moments]], None]
 Head = Callable[[str, Moments], None]
+
+SAMPLE = 8  # one step of so many is sent ahead
 
 
 @dataclass(slots=True, eq=False)
@@ -62,35 +69,28 @@ class _EnoughError(Exception):
 @dataclass(slots=True, eq=False)
 class _Collector:
     """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
-    experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. only: the
-    linears that are wanted, None for all. passed: those that were seen but not measured."""
+    experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. passed:
+    those that were seen but not measured."""
 
     device: torch.device
     full: bool
     one_group: bool
-    done: set[str]
+    done: set[str] = field(default_factory=set)
     room: int = 0
-    only: frozenset[str] | None = None
     passed: set[str] = field(default_factory=set)
     found: dict[str, Moments] = field(default_factory=dict)
-    last: tuple[str, Tensor] | None = None
 
-    def __call__(self, name: str, into: Tensor) -> None:
-        if name in self.done or (self.only is not None and name not in self.only):
+    def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
+        if names[0] in self.done:
             return
-        if self.last is not None and into is self.last[1]:
-            self.found[name] = self.found[self.last[0]]
-            return
-        if name not in self.found:
-            if self.one_group and self.found and not self._has_room(name, into.shape[-1]):
-                stage = routed.stage_of(next(iter(self.found)))
-                if stage is None:
-                    raise _EnoughError
-                self.passed.add(name)  # an expert of the stage may yet come
+        if names[0] not in self.found:
+            if self.one_group and self.found and not self._has_room(names[0], into.shape[-1]):
+                self.passed.update(names)  # an expert of the stage may yet come
                 return
-            self.found[name] = Moments(into.shape[-1], full=self.full, device=self.device)
-        self.found[name].add(into)
-        self.last = (name, into)
+            self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
+        self.found[names[0]].add(into)
+        if self.one_group and routed.stage_of(names[0]) is None:
+            raise _EnoughError
 
     def _has_room(self, name: str, size: int) -> bool:
         """Whether an expert's linear belongs to the stage under way and its moments fit in."""
@@ -101,31 +101,41 @@ class _Collector:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A pass under way."""
+    """A pass under way. step: rows evaluated at once."""
 
     decoder: Decoder
-    states: States
+    carry: Carry
     tables: Any
     step: int
 
     @torch.no_grad()
-    def evaluate(self, layer: Mapping[str, Tensor], *, tap: _Collector | None = None, keep: bool = True) -> None:
-        """Send all rows through a layer, its outputs replacing the rows if `keep`."""
-        kind, place = self.decoder.kind, self.decoder.place
-        for start, rows in self.states.pieces(self.step):
-            found = None
+    def evaluate(
+        self,
+        layer: Mapping[str, Tensor],
+        stages: Sequence[Stage],
+        *,
+        tap: _Collector | None = None,
+        keep: bool = True,
+        every: int = 1,
+    ) -> None:
+        """Send all rows, or every so many steps of them, through stages; what comes out is carried on if `keep`."""
+        place = self.decoder.place
+        for start in range(0, self.carry.rows, self.step * every):
+            carried = before = self.carry.take(start, start + self.step, place)
             with suppress(_EnoughError):
-                found = kind.layer(layer, rows.to(*place), self.tables, self.decoder.config, tap)
-            if tap is not None:
-                tap.last = None
-            if keep and found is not None:
-                self.states.put(start, found)
+                for stage in stages:
+                    carried = stage.run(layer, carried, self.tables, self.decoder.config, tap)
+                if keep:
+                    self.carry.put(start, carried, moved=carried[0] is not before[0])
+            del carried, before
+        if keep:
+            self.carry.turn()
 
     def blocks(
         self, *, full: bool, sequential: bool, finished: Finished | None = None, prepare: Prepare | None = None
     ) -> Iterator[Block]:
-        """Blocks of all layers in turn; afterwards `states` are what comes out of the last."""
-        config = self.decoder.config
+        """Blocks of all layers in turn; afterwards the rows are what comes out of the last."""
+        config, stages = self.decoder.config, self.decoder.kind.STAGES
         with progress("calibrate", config.n_layers, "layers") as ticker:
             layers = self.decoder.layers()
             for index in range(config.n_layers):
@@ -133,48 +143,57 @@ class _Run:
                 ready = finished(index) if finished is not None else None
                 if ready is not None:
                     layer.update({name: value.to(layer[name]) for name, value in ready.items()})
+                    self.evaluate(layer, stages)
+                elif sequential:
+                    yield from self._staged(index, layer, prepare)
                 else:
-                    if prepare is not None:
-                        fed = frozenset(name for _, names in self.decoder.kind.FEEDS for name in names)
-                        for block in self._groups(index, layer, full=full, sequential=False, keep=False, only=fed):
-                            prepare(block)
-                    yield from self._groups(index, layer, full=full, sequential=sequential)
-                if sequential or ready is not None:
-                    self.evaluate(layer)
+                    tap = _Collector(self.decoder.place.device, full, one_group=False)
+                    self.evaluate(layer, stages, tap=tap)
+                    yield self._block(index, layer, tap, full=full)
                 layer.clear()
                 del layer, ready
                 ticker.update(1)
 
-    def _groups(
-        self,
-        index: int,
-        layer: dict[str, Tensor],
-        *,
-        full: bool,
-        sequential: bool,
-        keep: bool = True,
-        only: frozenset[str] | None = None,
-    ) -> Iterator[Block]:
+    def _staged(self, index: int, layer: dict[str, Tensor], prepare: Prepare | None) -> Iterator[Block]:
+        """A layer's groups, stage after stage."""
+        matrices = {name.removesuffix(".weight") for name, value in layer.items() if value.ndim == 2}
+        stages, done = self.decoder.kind.STAGES, set[str]()
+        for at, stage in enumerate(stages):
+            while (set(stage.linears) or matrices) - done:
+                tap = _Collector(self.decoder.place.device, full=True, one_group=True, done=done)
+                tap.room = self.decoder.memory
+                self.evaluate(layer, [stage], tap=tap, keep=False)
+                block = self._block(index, layer, tap, full=True)
+                if not block.moments:
+                    break
+                done |= set(tap.found)
+                del tap
+                if prepare is not None:
+                    prepare(block, self._ahead(block, stages[at : at + 2]))
+                yield block
+                block.moments.clear()
+            self.evaluate(layer, [stage])
+
+    def _block(self, index: int, layer: dict[str, Tensor], tap: _Collector, *, full: bool) -> Block:
+        """What a tap found, with experts that saw too little filled up."""
         prefix = self.decoder.kind.LAYER.format(index)
-        done: set[str] = set()
-        while True:
-            tap = _Collector(self.decoder.place.device, full, sequential, done, self.decoder.memory, only)
-            self.evaluate(layer, tap=tap, keep=keep and not sequential)
-            if full and only is None:
-                missing = routed.unseen(layer, tap.found, done | tap.passed)
-                sizes = {name: layer[f"{name}.weight"].shape[-1] for name in missing}
-                routed.fill_up(tap.found, missing, sizes, prefix.strip("."))
-            if not tap.found:
-                return
-            moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
-            for name, found in moments.items():
-                found.check(name)
-            done |= set(tap.found)
-            del tap
-            yield Block(index, prefix, layer, moments)
-            moments.clear()
-            if not sequential:
-                return
+        if full:
+            missing = routed.unseen(layer, tap.found, tap.done | tap.passed)
+            sizes = {name: layer[f"{name}.weight"].shape[-1] for name in missing}
+            routed.fill_up(tap.found, missing, sizes, prefix.strip("."))
+        moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
+        for name, found in moments.items():
+            found.check(name)
+        return Block(index, prefix, layer, moments)
+
+    def _ahead(self, block: Block, stages: Sequence[Stage]) -> dict[str, Moments]:
+        """Moments of the second stage's group on a sample of rows, if scales can move there from the first one's."""
+        pairs = [(source, targets) for source, targets in self.decoder.kind.FEEDS if source in stages[0].linears]
+        if not any(target in stages[1].linears for _, targets in pairs for target in targets):
+            return {}
+        tap = _Collector(self.decoder.place.device, full=True, one_group=True, done=set(stages[0].linears))
+        self.evaluate(block.weights, stages, tap=tap, keep=False, every=SAMPLE)
+        return self._block(block.index, block.weights, tap, full=False).moments
 
     @torch.no_grad()
     def head(self) -> tuple[str, Moments]:
@@ -183,8 +202,8 @@ class _Run:
         name = kind.EMBEDDING if config.tie_word_embeddings else kind.HEAD
         norm = weights.tensor(self.decoder.reader, kind.NORM, place)
         moments = Moments(config.hidden_size, full=False, device=place.device)
-        for _, rows in self.states.pieces(self.step):
-            moments.add(kind.norm(rows.to(*place), norm, config.rms_norm_eps))
+        for start in range(0, self.carry.rows, self.step):
+            moments.add(kind.norm(self.carry.take(start, start + self.step, place)[0], norm, config.rms_norm_eps))
         moments.check(name)
         return name, moments
 
@@ -194,17 +213,17 @@ def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options) -> Itera
     decoder = load(reader, device=options.device, memory=options.memory)
     kind, config = decoder.kind, decoder.config
     shape = (*tokens.shape, config.hidden_size)
-    with threads(options.threads), States(shape, memory=options.memory // 2, spill=options.spill) as states:
+    with threads(options.threads), closing(Carry(shape, memory=options.memory, spill=options.spill)) as carry:
         at_once = decoder.windows_at_once(options.ctx)
         for start in range(0, len(tokens), at_once):
             ids = torch.from_numpy(tokens[start : start + at_once])
-            states.put(start, kind.entered(weights.gather(reader, kind.EMBEDDING, ids, decoder.place), config))
-        yield _Run(decoder, states, kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx))
+            carry.put(start, (kind.entered(weights.gather(reader, kind.EMBEDDING, ids, decoder.place), config),))
+        yield _Run(decoder, carry, kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx))
 
 
 def calibrate(
     reader: Reader,
-    text: str,
+    text: str | NDArray[np.int64],
     options: Options | None = None,
     *,
     sequential: bool = True,
@@ -214,14 +233,17 @@ def calibrate(
 ) -> Iterator[Block]:
     """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
 
+    text: or the rows that `draw` made of one.
     sequential: see above; else one block per layer, measured behind the original weights. finished(index): weights of
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
-    prepare(block): called before the groups of a layer, with all its moments at once, to replace its weights by others
-    that compute the same. head(name, moments): called at the end, with the diagonal of the output matrix's inputs.
+    prepare(block, ahead): called before a group of a sequential pass is given out, with moments of the next group on a
+    sample of rows where one of these linears alone feeds it, to replace weights by others that compute the same.
+    head(name, moments): called at the end, with the diagonal of the output matrix's inputs.
     Raises what `draw` and `forward.load` raise, IntegrityError (inputs that are not finite), ResourceError (disk).
     """
     options = options or Options()
-    with _begun(reader, draw(reader, text, options), options) as run:
+    tokens = draw(reader, text, options) if isinstance(text, str) else text
+    with _begun(reader, tokens, options) as run:
         yield from run.blocks(full=True, sequential=sequential, finished=finished, prepare=prepare)
         if head is not None:
             head(*run.head())

@@ -6,7 +6,7 @@ One file per kind of block. A kind is found by listing this folder: any module w
 - `EMBEDDING`, `LAYER` (a prefix with {} for the number), `NORM`, `HEAD`: canonical names;
 - `FEEDS`: (norm or linear, linears that it alone feeds), by name within the layer, where scales can move between them;
 - `tables(config, length, place)`: whatever depends on positions alone;
-- `layer(weights, x, tables, config, tap=None)`: the block, a pure function;
+- `layer(weights, x, tables, config, tap=None)`: the block, a pure function; `STAGES`: the same, cut up (`stages`);
 - `norm(x, weight, eps)`: the norm before the head;
 - `entered(x, config)`: embeddings as they enter the first layer; `scored(products, config)`: the head's as logits;
 - `working_bytes(config, length)`: what `layer` allocates for one window;

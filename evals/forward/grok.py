@@ -31,7 +31,6 @@ src/llama-graph.cpp; modeling_grok_1.py of hpcai-tech/grok-1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -42,11 +41,12 @@ from torch.nn import functional
 
 from weightsmith.errors import UsageError
 from weightsmith.evals.forward import llama, moe, rope
-from weightsmith.evals.forward.llama import Tap, norm
+from weightsmith.evals.forward.llama import norm
+from weightsmith.evals.forward.stages import Carried, Stage, Tap, Weights, linears, through
 from weightsmith.evals.forward.weights import Place
 from weightsmith.types import Grok, ModelConfig
 
-__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "GRAPHS", "HEAD", "LAYER", "NORM", "Rules", "Tables", "entered"]
+__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "GRAPHS", "HEAD", "LAYER", "NORM", "STAGES", "Rules", "Tables", "entered"]
 __all__ += ["layer", "norm", "rules", "scored", "tables", "working_bytes"]
 
 FAMILIES = ("grok",)
@@ -55,7 +55,7 @@ LAYER = "model.layers.{}."
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 FEEDS = (
-    ("pre_attn_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("pre_attn_norm", llama.QKV),
     ("self_attn.v_proj", ("self_attn.o_proj",)),
 )
 QUERIES = 256  # positions whose scores exist at once
@@ -144,39 +144,57 @@ def capped(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap if cap else x
 
 
-def layer(
-    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
-) -> Tensor:
-    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype; weights by name within the layer."""
-    linear = partial(llama.linear, weights, tap)
+def _normed(weights: Weights, config: ModelConfig, name: str, of: Tensor) -> Tensor:
+    return norm(of, weights[f"{name}.weight"], config.rms_norm_eps)
 
-    def normed(name: str, of: Tensor) -> Tensor:
-        return norm(of, weights[f"{name}.weight"], config.rms_norm_eps)
 
-    into = normed("pre_attn_norm", x)
-    heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
+def _mixed(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x to x and what attention makes of it, before the output projection."""
+    (x,) = carried
     query, key, value = (
-        linear(f"self_attn.{part}_proj", into).view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
-        for part, count in heads.items()
+        found.view(*x.shape[:2], -1, config.head_dim).transpose(1, 2)
+        for found in linears(weights, tap, llama.QKV, _normed(weights, config, "pre_attn_norm", x))
     )
     query, key = (rope.rotate(side, positions.cos, positions.sin) for side in (query, key))
-    mixed = attention(query, key, value, positions.sharpness, traits(config))
-    x = normed("post_attn_norm", linear("self_attn.o_proj", mixed.transpose(1, 2).flatten(2))).add_(x)
-    found = feed_forward(linear, normed("pre_moe_norm", x).flatten(0, 1), positions.rules, config)
-    return normed("post_moe_norm", found).view_as(x).add_(x)
+    return x, attention(query, key, value, positions.sharpness, traits(config)).transpose(1, 2).flatten(2)
 
 
-def feed_forward(linear: moe.Linear, into: Tensor, followed: Rules, config: ModelConfig) -> Tensor:
+def _joined(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x and what attention made of it to x behind the first half of the block."""
+    del positions
+    x, into = carried
+    (found,) = linears(weights, tap, ("self_attn.o_proj",), into)
+    return (_normed(weights, config, "post_attn_norm", found).add_(x),)
+
+
+def _mixture(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x behind attention to x behind the block."""
+    (x,) = carried
+    into = _normed(weights, config, "pre_moe_norm", x).flatten(0, 1)
+    found = feed_forward(partial(linears, weights, tap), into, positions.rules, config)
+    return (_normed(weights, config, "post_moe_norm", found).view_as(x).add_(x),)
+
+
+STAGES = (Stage(_mixed, llama.QKV), Stage(_joined, ("self_attn.o_proj",)), Stage(_mixture))
+
+
+def layer(weights: Weights, x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None) -> Tensor:
+    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype; weights by name within the layer."""
+    return through(STAGES, weights, x, positions, config, tap)
+
+
+def feed_forward(run: moe.Linears, into: Tensor, followed: Rules, config: ModelConfig) -> Tensor:
     """Experts, and the dense branch where there is one, of `into` [tokens, hidden]: a new tensor of its shape."""
     grok, gelu = traits(config), partial(functional.gelu, approximate=followed.gelu)
-    products = linear("block_sparse_moe.gate", into)
+    (products,) = run(("block_sparse_moe.gate",), into)
     if followed.router_capped:
         products = capped(products, grok.router_cap)
     shares, chosen = moe.route(products, config.n_experts_used, renormalise=followed.normalized)
-    found = moe.mix(into, shares, chosen, linear, gelu, prefix="block_sparse_moe.")
+    found = moe.mix(into, shares, chosen, run, gelu, prefix="block_sparse_moe.")
     if grok.dense_size:
-        opened = gelu(linear("mlp.gate_proj", into)).mul_(linear("mlp.up_proj", into))
-        found = found.add_(linear("mlp.down_proj", opened)).mul_(math.sqrt(0.5))
+        gate, up = run(("mlp.gate_proj", "mlp.up_proj"), into)
+        (dense,) = run(("mlp.down_proj",), gelu(gate).mul_(up))
+        found = found.add_(dense).mul_(math.sqrt(0.5))
     return found
 
 

@@ -15,7 +15,6 @@ arXiv 2305.13245.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightsmith.evals.forward import rope
+from weightsmith.evals.forward.stages import Carried, Stage, Tap, Weights, linears, through
 from weightsmith.evals.forward.weights import Place
 from weightsmith.types import ModelConfig
 
@@ -32,16 +32,15 @@ EMBEDDING = "model.embed_tokens.weight"
 LAYER = "model.layers.{}."
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # What feeds which linears, channel by channel: a factor can move between the two without changing the block. The
 # values that feed o_proj are shared by the queries of a group.
 FEEDS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("input_layernorm", QKV),
     ("self_attn.v_proj", ("self_attn.o_proj",)),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
-
-Tap = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [B, T, in])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +104,21 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
-def linear(weights: Mapping[str, Tensor], tap: Tap | None, name: str, into: Tensor) -> Tensor:
-    """The linear `name` of `into` [..., in]; a bias is used where present."""
-    if tap is not None:
-        tap(name, into)
-    return functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+def mixed(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x to x and what attention makes of it, before the output projection."""
+    (x,) = carried
 
-
-def attention(
-    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
-) -> Tensor:
-    """The first half of a block, residual included: x [B, T, hidden] to a new tensor of the same shape and dtype."""
-
-    def heads(name: str, into: Tensor, count: int) -> Tensor:
-        return linear(weights, tap, name, into).view(*into.shape[:2], count, config.head_dim).transpose(1, 2)
+    def heads(product: Tensor, count: int) -> Tensor:
+        return product.view(*x.shape[:2], count, config.head_dim).transpose(1, 2)
 
     normed = norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
-    query = rope.rotate(heads("self_attn.q_proj", normed, config.n_heads), positions.cos, positions.sin)
-    key = rope.rotate(heads("self_attn.k_proj", normed, config.n_kv_heads), positions.cos, positions.sin)
-    value = heads("self_attn.v_proj", normed, config.n_kv_heads)
+    query, key, value = linears(weights, tap, QKV, normed)
+    query = rope.rotate(heads(query, config.n_heads), positions.cos, positions.sin)
+    key = rope.rotate(heads(key, config.n_kv_heads), positions.cos, positions.sin)
+    value = heads(value, config.n_kv_heads)
     if positions.past is not None:
         key, value = positions.past.join(key, value)
-    mixed = functional.scaled_dot_product_attention(
+    found = functional.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -134,17 +126,45 @@ def attention(
         is_causal=positions.seen is None and positions.past is None,
         enable_gqa=config.n_heads != config.n_kv_heads,
     )
-    return linear(weights, tap, "self_attn.o_proj", mixed.transpose(1, 2).flatten(2)).add_(x)
+    return x, found.transpose(1, 2).flatten(2)
 
 
-def layer(
-    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
-) -> Tensor:
+def joined(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x and what attention made of it to x behind the first half of the block."""
+    del positions, config
+    x, into = carried
+    (found,) = linears(weights, tap, ("self_attn.o_proj",), into)
+    return (found.add_(x),)
+
+
+def _opened(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x to x and what feeds down_proj."""
+    del positions
+    (x,) = carried
+    normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+    gate, up = linears(weights, tap, ("mlp.gate_proj", "mlp.up_proj"), normed)
+    return x, functional.silu(gate, inplace=True).mul_(up)
+
+
+def _closed(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x and what feeds down_proj to x behind the block."""
+    del positions, config
+    x, into = carried
+    (found,) = linears(weights, tap, ("mlp.down_proj",), into)
+    return (found.add_(x),)
+
+
+STAGES = (
+    Stage(mixed, QKV),
+    Stage(joined, ("self_attn.o_proj",)),
+    Stage(_opened, ("mlp.gate_proj", "mlp.up_proj")),
+    Stage(_closed, ("mlp.down_proj",)),
+)
+
+
+def layer(weights: Weights, x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None) -> Tensor:
     """One block: x [B, T, hidden] to a new tensor of the same shape and dtype.
 
     weights: by name within the layer ("self_attn.q_proj.weight"), matrices [out, in]; a bias is used where present.
     """
-    x = attention(weights, x, positions, config, tap)
-    normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate = functional.silu(linear(weights, tap, "mlp.gate_proj", normed), inplace=True)
-    return linear(weights, tap, "mlp.down_proj", gate.mul_(linear(weights, tap, "mlp.up_proj", normed))).add_(x)
+    return through(STAGES, weights, x, positions, config, tap)

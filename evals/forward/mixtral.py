@@ -11,17 +11,17 @@ Ref: transformers models/mixtral.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 from torch.nn import functional
 
 from weightsmith.evals.forward import llama, moe
-from weightsmith.evals.forward.llama import EMBEDDING, HEAD, LAYER, NORM, Tables, Tap, entered, norm, scored, tables
+from weightsmith.evals.forward.llama import EMBEDDING, HEAD, LAYER, NORM, Tables, entered, norm, scored, tables
+from weightsmith.evals.forward.stages import Carried, Stage, Tap, Weights, linears, through
 from weightsmith.types import ModelConfig
 
-__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "HEAD", "LAYER", "NORM", "entered", "layer", "norm", "scored"]
+__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "HEAD", "LAYER", "NORM", "STAGES", "entered", "layer", "norm", "scored"]
 __all__ += ["tables", "working_bytes"]
 
 FAMILIES = ("mixtral",)
@@ -36,12 +36,19 @@ def working_bytes(config: ModelConfig, length: int) -> int:
     return llama.working_bytes(config, length) + 4 * length * (3 * config.hidden_size + 4 * config.n_experts)
 
 
-def layer(
-    weights: Mapping[str, Tensor], x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None
-) -> Tensor:
-    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype; see `llama.layer`."""
-    linear = partial(llama.linear, weights, tap)
-    x = llama.attention(weights, x, positions, config, tap)
+def _mixture(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
+    """x behind attention to x behind the experts."""
+    del positions
+    (x,) = carried
     normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps).flatten(0, 1)
-    shares, chosen = moe.route(linear("block_sparse_moe.gate", normed), config.n_experts_used)
-    return moe.mix(normed, shares, chosen, linear, _silu, prefix="block_sparse_moe.").view_as(x).add_(x)
+    run = partial(linears, weights, tap)
+    shares, chosen = moe.route(run(("block_sparse_moe.gate",), normed)[0], config.n_experts_used)
+    return (moe.mix(normed, shares, chosen, run, _silu, prefix="block_sparse_moe.").view_as(x).add_(x),)
+
+
+STAGES = (*llama.STAGES[:2], Stage(_mixture))
+
+
+def layer(weights: Weights, x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None) -> Tensor:
+    """One block: x [B, T, hidden] to a new tensor of the same shape and dtype; see `llama.layer`."""
+    return through(STAGES, weights, x, positions, config, tap)

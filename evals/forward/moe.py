@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Linear = Callable[[str, Tensor], Tensor]  # (name within the layer, input) -> output
+Linears = Callable[[tuple[str, ...], Tensor], list[Tensor]]  # (names within the layer, input) -> outputs
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -29,17 +29,16 @@ def route(logits: Tensor, used: int, *, renormalise: bool = True) -> tuple[Tenso
     return (shares / shares.sum(dim=-1, keepdim=True) if renormalise else shares), chosen
 
 
-def mix(x: Tensor, shares: Tensor, chosen: Tensor, linear: Linear, act: Activation, *, prefix: str = "") -> Tensor:
+def mix(x: Tensor, shares: Tensor, chosen: Tensor, linears: Linears, act: Activation, *, prefix: str = "") -> Tensor:
     """What the chosen experts make of x [tokens, hidden]: a new tensor of the same shape and dtype.
 
-    linear: evaluates `{prefix}experts.E.w1`, `.w3` and `.w2`. act: may work in place.
+    linears: evaluates `{prefix}experts.E.w1` and `.w3` together, and `.w2`. act: may work in place.
     """
     mixed = torch.zeros_like(x)
     for expert in torch.unique(chosen).tolist():
         tokens, place = torch.where(chosen == expert)
         name = f"{prefix}experts.{expert}."
-        into = x[tokens]
-        inner = act(linear(f"{name}w1", into)).mul_(linear(f"{name}w3", into))
-        out = linear(f"{name}w2", inner)
+        gate, up = linears((f"{name}w1", f"{name}w3"), x[tokens])
+        (out,) = linears((f"{name}w2",), act(gate).mul_(up))
         mixed.index_add_(0, tokens, out * shares[tokens, place, None].to(out.dtype))
     return mixed

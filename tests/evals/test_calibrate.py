@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from tests.evals import letters
 from tests.evals.memory_reader import TINY, MemoryReader, tiny
 from tests.evals.oracle import oracle
 from weightsmith.errors import IntegrityError, UsageError
-from weightsmith.evals.calibration import Options, calibrate, imatrix
+from weightsmith.evals.calibration import Block, Options, calibrate, imatrix
 from weightsmith.evals.calibration.rows import draw
 from weightsmith.evals.calibration.states import States
+from weightsmith.quant.calibration import Moments
 
 CTX = 16
 ALL = Options(rows=None, ctx=CTX)
@@ -102,6 +104,42 @@ def test_replaced_weights_are_what_the_rows_pass_through() -> None:
     assert (original[last] - expected[last]).abs().max() > 0.05  # or the test would show nothing
 
 
+def test_every_linear_computes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many groups a layer is measured in, and from rows that were drawn before as from a text."""
+    calls = 0
+    plain = torch.nn.functional.linear
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    reader = model()
+    for _ in calibrate(reader, draw(reader, TEXT, ALL), ALL):
+        pass
+    assert calls == 2 * 7
+
+
+def test_scales_are_prepared_from_moments_of_the_next_group() -> None:
+    """Of one step of rows here, which is all of them: what the next group is then fed if nothing is replaced."""
+    reader = model()
+    ahead: list[dict[str, torch.Tensor]] = []
+
+    def prepare(_: Block, found: Mapping[str, Moments]) -> None:
+        ahead.append({name: moments.h.clone() for name, moments in found.items()})
+
+    blocks = [
+        {name: moments.h.clone() for name, moments in block.moments.items()}
+        for block in calibrate(reader, TEXT, ALL, prepare=prepare)
+    ]
+    assert [len(found) for found in ahead] == [1, 0, 1, 0] * 2
+    for found, following in zip(ahead[::2], blocks[1::2], strict=True):
+        assert set(found) == set(following)
+        for name, h in found.items():
+            torch.testing.assert_close(h, following[name])
+
+
 def test_finished_layers_are_passed_through() -> None:
     reader = model()
     changed = {
@@ -155,7 +193,7 @@ def test_states_in_memory_and_in_a_file(tmp_path: Path) -> None:
             states.put(2, value[2:])
             states.put(1, -value[1:3])
             assert torch.equal(states.take(1, 3), -value[1:3])
-            assert [(start, len(rows)) for start, rows in states.pieces(2)] == [(0, 2), (2, 2), (4, 1)]
+            assert len(states.take(4, 6)) == 1
             assert torch.equal(states.take(3, 5), value[3:])
 
 

@@ -47,7 +47,9 @@ def by_hand(reader: MemoryReader, layer: int) -> tuple[torch.Tensor, torch.Tenso
     for index in range(layer + 1):
         prefix = f"model.layers.{index}."
         own = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in reader.tensors.items() if k.startswith(prefix)}
-        x = decoder.kind.layer(own, x, tables, decoder.config, seen.__setitem__)
+        x = decoder.kind.layer(
+            own, x, tables, decoder.config, lambda names, into: seen.update(dict.fromkeys(names, into))
+        )
     normed = seen["block_sparse_moe.gate"]
     logits = normed @ own["block_sparse_moe.gate.weight"].T
     return normed, logits.topk(reader.config.n_experts_used).indices, own

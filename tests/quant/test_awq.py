@@ -80,9 +80,10 @@ def test_a_folded_layer_computes_the_same(n_kv_heads: int, bias: bool) -> None:
     tables = llama.tables(config, 12, Place(torch.device("cpu"), torch.float32))
     moments: dict[str, Moments] = {}
 
-    def tap(name: str, into: torch.Tensor) -> None:
-        moments[f"{prefix}{name}.weight"] = Moments(into.shape[-1])
-        moments[f"{prefix}{name}.weight"].add(into)
+    def tap(names: tuple[str, ...], into: torch.Tensor) -> None:
+        for name in names:
+            moments[f"{prefix}{name}.weight"] = Moments(into.shape[-1])
+            moments[f"{prefix}{name}.weight"].add(into)
 
     expected = llama.layer(weights, x, tables, config, tap)
     block = Block(0, prefix, dict(weights), moments)

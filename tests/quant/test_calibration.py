@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from weightsmith.errors import IntegrityError
-from weightsmith.quant.calibration import Moments
+from weightsmith.quant.calibration import STRIP, Moments
 
 
 def test_moments_are_plain_sums() -> None:
@@ -35,6 +35,26 @@ def test_sums_add_up_over_calls() -> None:
     twice.add(x[20:])
     torch.testing.assert_close(once.h, twice.h)
     torch.testing.assert_close(once.diagonal, twice.diagonal)
+
+
+def test_only_half_of_the_products_are_taken() -> None:
+    """More columns than a strip: what lies below the diagonal is mirrored, also between two calls."""
+    x = torch.randn(40, STRIP + 44, generator=torch.Generator().manual_seed(0))
+    moments = Moments(STRIP + 44)
+    for part in x.split(20):
+        moments.add(part)
+        assert torch.equal(moments.h, moments.h.T)
+    torch.testing.assert_close(moments.h, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_may_be_divided_afterwards() -> None:
+    x, by = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.logspace(-1, 1, 8)
+    divided, before = Moments(8), Moments(8)
+    divided.add(x)
+    divided.divide(by)
+    before.add(x / by)
+    torch.testing.assert_close(divided.h, before.h)
+    torch.testing.assert_close(divided.diagonal, before.diagonal)
 
 
 def test_half_precision_inputs_are_summed_in_single() -> None:

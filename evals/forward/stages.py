@@ -1,0 +1,47 @@
+"""A block in stages, so that calibration can stop between its linears and go on from there.
+
+A stage begins with what feeds some linears and ends with what feeds the next: of Llama's block, behind the products of
+query, key and value comes attention, and its result is carried to the stage of the output projection. What is carried
+are tensors [B, T, width] that keep their first axis: the residual stream, and besides it at most one more.
+
+A tap is called with the names of linears that are fed by one tensor, and that tensor, before any of them computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional
+
+from weightsmith.types import ModelConfig
+
+Weights = Mapping[str, Tensor]
+Tap = Callable[[tuple[str, ...], Tensor], None]  # (linears by name within the layer, their input [..., in])
+Carried = tuple[Tensor, ...]
+
+
+class Stage(NamedTuple):
+    """run(weights, carried, tables, config, tap): what is carried on. linears: its own, all fed by one tensor; none
+    are named where there are several groups of them, which only the last stage of a block may have."""
+
+    run: Callable[[Weights, Carried, Any, ModelConfig, Tap | None], Carried]
+    linears: tuple[str, ...] = ()
+
+
+def through(
+    stages: tuple[Stage, ...], weights: Weights, x: Tensor, tables: Any, config: ModelConfig, tap: Tap | None
+) -> Tensor:
+    """All stages in turn: x [B, T, hidden] to a new tensor of the same shape and dtype."""
+    carried: Carried = (x,)
+    for stage in stages:
+        carried = stage.run(weights, carried, tables, config, tap)
+    return carried[0]
+
+
+def linears(weights: Weights, tap: Tap | None, names: tuple[str, ...], into: Tensor) -> list[Tensor]:
+    """The linears `names` of `into` [..., in]; biases are used where present."""
+    if tap is not None:
+        tap(names, into)
+    return [functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
