@@ -41,7 +41,7 @@ def open_reader(path: Path, *, allow_pickle: bool = False) -> Grok1Reader:
     """
     folder = path.parent if path.is_file() else _folder(path) or path
     demand_permission(folder / (file_names(folder) or [""])[0], allowed=allow_pickle)
-    return Grok1Reader(folder)
+    return Grok1Reader(folder, above=path if path.is_dir() and folder != path else None)
 
 
 def _folder(path: Path) -> Path | None:

@@ -33,12 +33,15 @@ _BLOCK = BLOCKS["Q8_0"].weights
 
 
 class Grok1Reader:
-    """A folder of tensorNNNNN_000 files; opening reads everything but the arrays (see `checkpoint.read_files`)."""
+    """A folder of tensorNNNNN_000 files; opening reads everything but the arrays (see `checkpoint.read_files`).
+
+    above: the folder around it that was named instead.
+    """
 
     container = "grok1"
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder
+    def __init__(self, folder: Path, *, above: Path | None = None) -> None:
+        self.path, self._above = folder, above
         self._files = read_files(folder)
         self._stripes = Stripes()
         self._config: ModelConfig | None = None
@@ -46,9 +49,12 @@ class Grok1Reader:
         self._places: dict[str, tuple[int, int]] = {}
 
     def files(self) -> list[Path]:
-        """Tokenizer and licence of the folder itself, and the weights."""
-        names = sorted(name for name in os.listdir(self.path) if name == TOKENIZER or _LICENCE.fullmatch(name))
-        return [*(resolve_inside(self.path, name) for name in names), *(file.path for file in self._files)]
+        """Tokenizer and licence of the folder that was named and of the weights' own, and the weights."""
+        found = []
+        for folder in (self._above, self.path) if self._above else (self.path,):
+            names = sorted(name for name in os.listdir(folder) if name == TOKENIZER or _LICENCE.fullmatch(name))
+            found += [resolve_inside(folder, name) for name in names]
+        return [*found, *(file.path for file in self._files)]
 
     def metadata(self) -> Mapping[str, Any]:
         """Nothing: the checkpoint has no configuration."""

@@ -8,7 +8,7 @@
 | consolidated.00.pt to 07.pt | the first Mixtral 8x7B; pickles that hold different tensors |
 
 params.json tells them from Meta's: it states the width of the feed-forward block (`hidden_dim`), Meta's does not.
-Mistral's repositories often hold Hugging Face's form too, which then counts.
+Mistral's repositories often hold Hugging Face's form too, which then counts, unless it is pickled and Mistral's is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from weightsmith.errors import NotFoundError, UnsupportedError
 from weightsmith.formats.consolidated.params import MAX_PARAMS, PARAMS_NAME
-from weightsmith.formats.safetensors.index import Weights, read_index
+from weightsmith.formats.safetensors.index import TORCH, Weights, is_checkpoint, read_index
 from weightsmith.safename import resolve_inside
 
 SINGLE_NAME, INDEX_NAME = "consolidated.safetensors", "consolidated.safetensors.index.json"
@@ -47,10 +47,10 @@ def is_native(folder: Path) -> bool:
 
 
 def has_other_form(folder: Path) -> bool:
-    """Whether `folder` also holds safetensors in Hugging Face's form, which are read instead."""
-    others = [file.name for file in folder.glob("*.safetensors") if not is_weight_file(file.name)]
-    has_hf = bool(others) or (folder / "model.safetensors.index.json").exists()
-    return has_hf and (folder / "config.json").exists()
+    """Whether `folder` also holds weights in Hugging Face's form that are read instead: no pickles for safetensors."""
+    found = [file.name for file in folder.glob("*.safetensors")]
+    has_hf = any(not is_weight_file(name) for name in found) or (folder / "model.safetensors.index.json").exists()
+    return (has_hf and (folder / "config.json").exists()) or (not found and is_checkpoint(folder, TORCH))
 
 
 def pickled(folder: Path) -> list[str]:

@@ -17,9 +17,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.errors import UnsafeInputError
+from weightsmith.formats.pickles.archive import is_pickled, is_saved
 from weightsmith.formats.pickles.tensors import read_tensors
 
-__all__ = ["demand_permission", "read_tensors"]
+__all__ = ["demand_permission", "is_pickled", "is_saved", "read_tensors"]
 
 
 def demand_permission(path: Path, *, allowed: bool) -> None:

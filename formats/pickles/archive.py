@@ -27,6 +27,7 @@ AGAIN = "Pull the file again; it may be truncated."
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 0x2041  # flag bits 0, 6 and 13
+_PROTOCOLS = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
 _POINTER = b"version https://git-lfs"
 
 
@@ -45,6 +46,17 @@ class Archive:
 
     root: str
     members: dict[str, Member]
+
+
+def is_pickled(start: bytes) -> bool:
+    """Whether a file of these first 512 bytes can be a pickle by itself, in a zip or in a tar file."""
+    return start[:4] == b"PK\3\4" or start[:2] in _PROTOCOLS or start[257:262] == b"ustar"
+
+
+def is_saved(start: bytes) -> bool:
+    """Whether a file of these first 512 bytes looks like what some version of torch.save wrote."""
+    name_end = 30 + int.from_bytes(start[26:28], "little")
+    return is_pickled(start) and (start[:2] != b"PK" or start[30:name_end].endswith(b"/data.pkl"))
 
 
 def read_archive(handle: int, size: int, *, path: Path) -> Archive:
@@ -75,7 +87,8 @@ def _check_start(start: bytes, path: Path) -> None:
         raise UnsupportedError(
             "the form that torch wrote before version 1.6 (a bare pickle or a tar file)",
             path=path,
-            hint="Have its author save it again with a newer torch, best as safetensors.",
+            hint="Have its author save it again with a newer torch, best as safetensors. Or load it by torch.load(..., "
+            "weights_only=True) where there is nothing to lose, and save what comes out.",
         )
     if start[:4] != b"PK\3\4":
         raise IntegrityError(f"begins with {start[:4]!r}, expected the zip file that torch.save writes", path=path)

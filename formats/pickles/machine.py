@@ -197,6 +197,8 @@ class Machine:
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if type(key) not in (str, int):
                 raise self.unsafe(f"a {type(key).__name__} as a key")
+            if key in target:  # no pickle of a dict says one twice, and readers may differ in which they believe
+                raise self.damaged(f"the key {str(key)[:80]!r} occurs twice")
             target[key] = value
 
     def set_item(self) -> None:

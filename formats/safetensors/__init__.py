@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 from weightsmith.errors import UnsupportedError, UsageError
-from weightsmith.formats.safetensors.header import MAX_HEADER, is_pointer
+from weightsmith.formats.safetensors.header import is_pointer, is_safetensors
 from weightsmith.formats.safetensors.index import is_checkpoint
 from weightsmith.formats.safetensors.reader import SafetensorsReader
 from weightsmith.formats.safetensors.writer import TYPES, SafetensorsWriter, create
@@ -45,7 +45,7 @@ def sniff(path: Path) -> bool:
         return False
     if is_pointer(start):
         return path.suffix == ".safetensors"
-    return int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:9] == b"{"
+    return is_safetensors(start)
 
 
 def open_reader(path: Path) -> SafetensorsReader:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import IntegrityError, UnsupportedError, WeightsmithError
+from weightsmith.errors import IntegrityError, UnsafeInputError, UnsupportedError, WeightsmithError
+from weightsmith.formats.pickles import is_pickled
 from weightsmith.formats.safetensors.strictjson import parse_object, read_text
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.types import Packed, TensorInfo
@@ -51,12 +52,18 @@ def is_pointer(start: bytes) -> bool:
     return start.startswith(POINTER)
 
 
+def is_safetensors(start: bytes) -> bool:
+    """True if a file that begins with `start` begins as safetensors do."""
+    return int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:9] == b"{"
+
+
 def read_header(handle: int, size: int, *, path: Path) -> Header:
     """Read and check the header of an open file of `size` bytes.
 
-    Raises IntegrityError for any claim that the file does not bear out, UnsupportedError for an unknown dtype.
+    Raises IntegrityError for any claim that the file does not bear out, UnsupportedError for an unknown dtype,
+    UnsafeInputError for a pickle under the name of safetensors.
     """
-    start = os.pread(handle, 64, 0)
+    start = os.pread(handle, 512, 0)
     if is_pointer(start):
         raise IntegrityError(
             "a git-LFS pointer, not the weights it stands for",
@@ -66,6 +73,12 @@ def read_header(handle: int, size: int, *, path: Path) -> Header:
     if size < 9 or len(start) < 9:
         raise IntegrityError(f"{size} bytes, too short for a safetensors file", path=path, hint=AGAIN)
     length = int.from_bytes(start[:8], "little")
+    if not is_safetensors(start) and is_pickled(start):
+        raise UnsafeInputError(
+            "a pickle, though it is called safetensors; whoever loads it by its content runs it",
+            path=path,
+            hint="Pull the checkpoint from somebody else.",
+        )
     if start[8:9] != b"{":
         raise IntegrityError(f"the header begins with {start[8:9]!r}, expected '{{'", path=path, hint=AGAIN)
     if length > min(MAX_HEADER, size - 8):

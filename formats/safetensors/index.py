@@ -8,6 +8,8 @@ The index and the parts must name the same tensors, each in the file where the i
 checked: published indexes count shared tensors in different ways. A folder that has both forms is read as transformers
 reads it, the single file first.
 
+Checkpoints from before safetensors are laid out in the same way under names of their own (`TORCH`).
+
 Ref: huggingface.co/docs/safetensors; index check of llama.cpp's conversion/base.py.
 """
 
@@ -30,6 +32,19 @@ MAX_INDEX = MAX_HEADER
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How the weight files of a folder are called: the only one, the index of several, and a glob for all."""
+
+    single: str
+    index: str
+    every: str
+
+
+SAFETENSORS = Form(SINGLE_NAME, INDEX_NAME, "*.safetensors")
+TORCH = Form("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """The weight files of a checkpoint in order of name; `weight_map` and `index` only where they are sharded."""
 
@@ -39,13 +54,13 @@ class Weights:
     weight_map: Mapping[str, str] | None = None
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """True if `folder` holds config.json and safetensors weights, or the index of some that are still missing."""
-    has_weights = (folder / INDEX_NAME).exists() or any(folder.glob("*.safetensors"))
+def is_checkpoint(folder: Path, form: Form = SAFETENSORS) -> bool:
+    """True if `folder` holds config.json and weights of `form`, or the index of some that are still missing."""
+    has_weights = (folder / form.index).exists() or any(folder.glob(form.every))
     return has_weights and (folder / "config.json").exists()
 
 
-def find_weights(path: Path) -> Weights:
+def find_weights(path: Path, form: Form = SAFETENSORS) -> Weights:
     """Find the weight files of a folder, or take the file `path` for the only one.
 
     Raises NotFoundError (a shard or all weights are missing), IntegrityError (the index is damaged), UnsafeInputError
@@ -53,22 +68,23 @@ def find_weights(path: Path) -> Weights:
     """
     if not path.is_dir():
         return Weights(path.parent, [path])
-    if (path / SINGLE_NAME).exists():
-        return Weights(path, [resolve_inside(path, SINGLE_NAME)])
-    if (path / INDEX_NAME).exists():
-        return read_index(path, resolve_inside(path, INDEX_NAME))
-    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if (path / form.single).exists():
+        return Weights(path, [resolve_inside(path, form.single)])
+    if (path / form.index).exists():
+        return read_index(path, resolve_inside(path, form.index))
+    found = sorted(file.name for file in path.glob(form.every))
     if len(found) == 1:
         return Weights(path, [resolve_inside(path, found[0])])
     if found:
         raise NotFoundError(
-            f"{len(found)} weight files such as {found[0]!r}, but no {INDEX_NAME}", path=path, hint=AGAIN
+            f"{len(found)} weight files such as {found[0]!r}, but no {form.index}", path=path, hint=AGAIN
         )
-    raise NotFoundError(f"neither {SINGLE_NAME} nor {INDEX_NAME}", path=path, hint=AGAIN)
+    raise NotFoundError(f"neither {form.single} nor {form.index}", path=path, hint=AGAIN)
 
 
 def read_index(folder: Path, index: Path) -> Weights:
-    """Read the shard index at `index`; raises what `find_weights` does."""
+    """Read the shard index at `index`, "NAME.SUFFIX.index.json" of files *.SUFFIX; raises what `find_weights` does."""
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     weight_map = read_object(index, limit=MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IntegrityError("no weight_map, expected tensor names and their files", path=index, hint=AGAIN)
@@ -78,8 +94,8 @@ def read_index(folder: Path, index: Path) -> Weights:
         if isinstance(name, str) and name in names:
             continue
         file = resolve_inside(folder, name, source=index)
-        if not name.endswith(".safetensors"):
-            raise UnsafeInputError(f"names {name!r}, which is no safetensors file", path=index, tensor=tensor)
+        if not name.endswith(suffix):
+            raise UnsafeInputError(f"names {name!r}, which is no {suffix[1:]} file", path=index, tensor=tensor)
         if name.casefold() in folded:
             raise UnsafeInputError(f"names {name!r} twice, in upper and lower case", path=index)
         folded.add(name.casefold())
@@ -106,7 +122,7 @@ def merge(weights: Weights, headers: Iterable[Header]) -> Header:
             joined.tensors[name] = info
         for key, text in header.metadata.items():
             joined.metadata.setdefault(key, text)
-    if weights.weight_map is None:
+    if weights.weight_map is None or weights.index is None:
         return joined
     for name, file in weights.weight_map.items():
         found = joined.tensors.get(name)
@@ -118,7 +134,7 @@ def merge(weights: Weights, headers: Iterable[Header]) -> Header:
             raise IntegrityError(f"listed for {file}, but stored in {found.path}", path=weights.index, tensor=name)
     for name, info in joined.tensors.items():
         if name not in weights.weight_map:
-            raise IntegrityError(f"not listed in {INDEX_NAME}", path=info.path, tensor=name, hint=AGAIN)
+            raise IntegrityError(f"not listed in {weights.index.name}", path=info.path, tensor=name, hint=AGAIN)
     return joined
 
 

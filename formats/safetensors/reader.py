@@ -1,10 +1,14 @@
-"""Reading a safetensors checkpoint: canonical names are its own, rows come straight from the file."""
+"""Reading a safetensors checkpoint: canonical names are its own, rows come straight from the file.
+
+Whatever else holds tensors as ranges of files under Hugging Face's names, beside a config.json, is read by the same
+reader: `formats.pytorch` gives it other files and another way to find the tensors in one.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from weightsmith.errors import IntegrityError
 from weightsmith.formats import archs
 from weightsmith.formats.safetensors.config import CONFIG_NAME, parse, read_raw
 from weightsmith.formats.safetensors.header import AGAIN, Header, read_at, read_header
-from weightsmith.formats.safetensors.index import find_weights, merge
+from weightsmith.formats.safetensors.index import Weights, find_weights, merge
 from weightsmith.formats.safetensors.stacked import cut
 from weightsmith.formats.safetensors.strictjson import open_regular
 from weightsmith.safename import resolve_inside
@@ -34,15 +38,21 @@ _COMPANION = re.compile(
 class SafetensorsReader:
     """A folder or single file, open for reading (see `weightsmith.types.Reader`).
 
+    weights, read: the files, and what finds the tensors of an open one (handle, size, path=); safetensors by default.
     Opening raises NotFoundError (no weights, a missing shard), IntegrityError (a damaged header or index),
     UnsafeInputError (a shard outside the folder) and UnsupportedError (an unknown dtype).
     """
 
-    container = "safetensors"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._weights = find_weights(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        container: str = "safetensors",
+        weights: Weights | None = None,
+        read: Callable[..., Header] = read_header,
+    ) -> None:
+        self.path, self.container = path, container
+        self._weights = weights or find_weights(path)
         self._handles: dict[Path, int] = {}
         self._config: ModelConfig | None = None
         self._infos: dict[str, TensorInfo] | None = None
@@ -51,7 +61,7 @@ class SafetensorsReader:
             for file in self._weights.files:
                 handle, size = open_regular(file)
                 self._handles[file] = handle
-                headers.append(read_header(handle, size, path=file))
+                headers.append(read(handle, size, path=file))
             self._header: Header = merge(self._weights, headers)
         except BaseException:
             self.close()
@@ -91,7 +101,8 @@ class SafetensorsReader:
             path = resolve_inside(self._weights.folder, CONFIG_NAME)
             config = parse(read_raw(path), path=path, dtype=self._main_dtype())
             # A head that is stored although it is said to be tied counts unless it is a plain copy.
-            if config.tie_word_embeddings and HEAD in self._header.tensors and not self._head_is_copy():
+            stored = archs.renamed(archs.by_name(config.family), self._header.tensors)
+            if config.tie_word_embeddings and HEAD in stored and not self._is_copy(stored[HEAD], stored.get(EMBEDDING)):
                 config = replace(config, tie_word_embeddings=False)
             self._config = config
         return self._config
@@ -104,10 +115,11 @@ class SafetensorsReader:
                 sizes[info.codec] += info.nbytes
         return max(sizes, key=lambda codec: sizes[codec])
 
-    def _head_is_copy(self) -> bool:
-        head, embedding = self._header.tensors[HEAD], self._header.tensors.get(EMBEDDING)
+    def _is_copy(self, head: TensorInfo, embedding: TensorInfo | None) -> bool:
         if embedding is None or (head.shape, head.codec) != (embedding.shape, embedding.codec):
             return False
+        if (head.path, head.offset) == (embedding.path, embedding.offset):  # one storage for both
+            return True
         for begin in range(0, head.nbytes, _SLAB):
             nbytes = min(_SLAB, head.nbytes - begin)
             if not np.array_equal(self._pread(head, begin, nbytes), self._pread(embedding, begin, nbytes)):

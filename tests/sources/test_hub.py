@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.formats.grok.grok1 import write_grok1
+from tests.formats.pickles.crafted import Runs, archive
+from tests.formats.pytorch.bins import write_pickled
 from tests.loopback.hub import Hub, Request
 from tests.loopback.pull import run_pull, start_pull
 from tests.native import write_meta, write_mistral
@@ -262,7 +266,67 @@ def test_only_pickles(hub: Hub, tmp_path: Path) -> None:
     assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
     forced = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), include=["*.bin"])
     assert (forced["error"], forced["exit"]) == ("UnsafeInputError", 4)
+    assert "--allow-pickle" in got["text"]
     assert asked(hub) == []
+
+
+def pickled_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in write_pickled(folder, shards=2).iterdir()}
+
+
+@pytest.mark.slow
+def test_pickles_in_hugging_face_form(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    files = pickled_files(tmp_path / "tiny")
+    extra = {
+        "training_args.bin": b"p" * 99,
+        "pytorch_model-00003-of-00002.bin": b"p" * 99,
+        "consolidated.00.pth": b"p" * 99,
+    }
+    hub.add(REPO, {**files, **extra, "modeling.py": b"x", "LICENSE": b"MIT"})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), allow_pickle=True)
+    assert got["files"] == {name: sha256(data) for name, data in {**files, "LICENSE": b"MIT"}.items()}
+    assert got["container"] == "pytorch"
+    assert "torch" not in got["modules"]
+    hub.add(REPO, {**files, **llama_files})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), allow_pickle=True, tag="both")
+    assert got["container"] == "safetensors"
+    assert set(got["files"]) == set(llama_files), "never both forms"
+
+
+@pytest.mark.parametrize("shard", ["../x.bin", "/etc/x.bin", "sub/x.bin", "x.safetensors", "x.bin\u202e", "..\\x.bin"])
+def test_an_index_of_pickles_cannot_reach_elsewhere(hub: Hub, tmp_path: Path, shard: str) -> None:
+    index = json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": shard}}).encode()
+    hub.add(REPO, {"pytorch_model.bin.index.json": index, "pytorch_model-00001-of-00002.bin": b"x" * 99})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), allow_pickle=True)
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    assert asked(hub) == ["pytorch_model.bin.index.json"]
+
+
+def test_a_hostile_pickle_never_becomes_an_entry(hub: Hub, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    data = archive(pickle.dumps({"w": Runs(os.mkdir, str(mark))}, 2))
+    hub.add(REPO, {**pickled_files(tmp_path / "tiny"), "pytorch_model-00002-of-00002.bin": data})
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), allow_pickle=True)
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    assert not mark.exists()
+    assert not list((tmp_path / "weightsmith" / "models").rglob("weightsmith.json"))
+
+
+@pytest.mark.slow
+def test_the_original_of_grok_1(hub: Hub, tmp_path: Path) -> None:
+    write_grok1(tmp_path / "grok")
+    files = {f"ckpt-0/{path.name}": path.read_bytes() for path in (tmp_path / "grok" / "ckpt-0").iterdir()}
+    files["tokenizer.model"] = b"no real one" * 9
+    hub.add("org/Grok-1", {**files, "README.md": b"hello", "run.py": b"x", "ckpt-0/.gitattributes": b"x"})
+    got = run_pull(tmp_path, "hf://org/Grok-1", env=env(hub))
+    assert (got["error"], got["exit"]) == ("UnsafeInputError", 4)
+    got = run_pull(tmp_path, "hf://org/Grok-1", env=env(hub), allow_pickle=True)
+    assert got["files"] == {name: sha256(data) for name, data in files.items()}
+    assert got["container"] == "grok1"
+    locally = run_pull(tmp_path, got["path"], name="local", allow_pickle=True)
+    assert locally["files"] == got["files"], "what was pulled is taken from a path as it is"
 
 
 @pytest.mark.parametrize("name", ["..\\x.safetensors", "C:x.safetensors", "nul.safetensors", "e\u0301.safetensors"])

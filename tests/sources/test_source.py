@@ -182,7 +182,57 @@ def test_pickles_only_on_demand_and_one_folder_of_them() -> None:
     both = ["consolidated.00.pth", "model.safetensors"]
     assert choose.select(both, where="here", allow_pickle=True) == ["model.safetensors"], "never without need"
     with pytest.raises(UnsafeInputError):
-        choose.select(["pytorch_model.bin"], where="here", allow_pickle=True)
+        choose.select(["model.bin", "training_args.bin", "rng_state.pth"], where="here", allow_pickle=True)
+
+
+SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["pytorch_model.bin", "training_args.bin", "optimizer.pt", "x.py"], ["pytorch_model.bin"]),
+        ([*SHARDS, choose.TORCH_INDEX, "pytorch_model.fp16.bin", choose.VENDOR_INDEX], [*SHARDS, choose.TORCH_INDEX]),
+        (["pytorch_model.bin", "consolidated.00.pth", "params.json"], ["pytorch_model.bin", "params.json"]),
+        (["pytorch_model.bin", "model.safetensors", choose.TORCH_INDEX], ["model.safetensors"]),
+        ([*SHARDS, choose.TORCH_INDEX, "consolidated.safetensors"], ["consolidated.safetensors"]),
+    ],
+)
+def test_pickles_in_hugging_face_form(names: list[str], chosen: list[str]) -> None:
+    got = choose.select([*names, *SIDE, "sub/pytorch_model.bin"], where="here", allow_pickle=True)
+    assert got == sorted([*chosen, *SIDE])
+
+
+def test_pickles_are_chosen_by_globs_too() -> None:
+    names = [*SIDE, "pytorch_model.bin", "training_args.bin", "v2/pytorch_model.bin", "v2/config.json", "m.Q8_0.gguf"]
+    got = choose.select(names, include=["*.bin"], where="here", allow_pickle=True)
+    assert got == [*SIDE[:1], "pytorch_model.bin", *SIDE[1:]]
+    got = choose.select(names, include=["v2/*"], where="here", allow_pickle=True)
+    assert choose.placed(got) == {"v2/config.json": "config.json", "v2/pytorch_model.bin": "pytorch_model.bin"}
+    assert choose.select(names, where="here", allow_pickle=True) == ["m.Q8_0.gguf"], "never without need"
+
+
+def test_grok_1_lies_in_a_folder_of_its_own() -> None:
+    weights = [f"ckpt-0/tensor{number:05d}_000" for number in range(14)]
+    names = [
+        *weights,
+        "ckpt-0/notes.txt",
+        "ckpt-1/tensor00000_000",
+        "tokenizer.model",
+        "LICENSE",
+        "run.py",
+        "README.md",
+    ]
+    wanted = ["LICENSE", *weights, "tokenizer.model"]
+    assert choose.select(names, where="here", allow_pickle=True) == wanted
+    assert choose.select(names, include=["ckpt-0/*"], where="here", allow_pickle=True) == wanted
+    for include in ([], ["ckpt-0/*"]):
+        with pytest.raises(UnsafeInputError, match="--allow-pickle"):
+            choose.select(names, include=include, where="here")
+    below = [f"checkpoints/{name}" for name in names]
+    got = choose.select(below, include=["checkpoints/ckpt-0/*"], where="here", allow_pickle=True)
+    assert list(choose.placed(got).values()) == wanted
+    assert choose.select([*names, "m.gguf"], where="here", allow_pickle=True) == ["m.gguf"]
 
 
 def test_gguf_choice() -> None:

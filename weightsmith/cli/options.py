@@ -76,7 +76,7 @@ def pickle_option(function: F) -> F:
     return click.option(
         "--allow-pickle",
         is_flag=True,
-        help="Read pickled weights (.pth). They are parsed, never executed, but think twice whom you trust.",
+        help="Read pickled weights (.bin, .pth). They are parsed, never executed, but think twice whom you trust.",
     )(function)
 
 

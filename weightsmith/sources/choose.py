@@ -7,8 +7,10 @@ GGUF in ten types) and scripts. Taken are:
    (`consolidated*.safetensors`, with an index of their own if they are several, last: they repeat the same weights
    under the vendor's names);
 2. else the one GGUF (all its splits count as one);
-3. else, if pickles are allowed, the vendor's `consolidated.NN.pth` (or .pt), which can be read without running them;
-4. with safetensors and pickles, the configuration, tokenizer and licence files beside them; a GGUF carries its own.
+3. else, if pickles are allowed, those that can be read without running them: `pytorch_model.bin` or the shards that
+   `pytorch_model.bin.index.json` names, the vendor's `consolidated.NN.pth` (or .pt), Grok-1's `ckpt-0/tensorNNNNN_000`;
+4. with safetensors and pickles, the configuration, tokenizer and licence files beside them (and above ckpt-0); a GGUF
+   carries its own.
 
 Other pickles (.bin .pth .pt .pkl .ckpt .h5 .npy .msgpack) and scripts are never taken, whatever `include` says: reading
 them can run code. Every name that is chosen passes `safename`, and two names that differ only in case are refused.
@@ -19,19 +21,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import NoReturn
 
 from weightsmith.errors import NotFoundError, UnsafeInputError, UsageError
 from weightsmith.safename import check_name
 
 INDEX, VENDOR_INDEX = "model.safetensors.index.json", "consolidated.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+_INDEXES = (VENDOR_INDEX, INDEX, TORCH_INDEX)
 _REFUSED = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".h5", ".npy", ".npz", ".msgpack", ".py", ".so", ".sh")
 _COMPANIONS = re.compile(
     r"(?:config|generation_config|quantize_config|quantization_config|params|tekken|vocab|tokenizer|added_tokens"
-    r"|tokenizer_config|special_tokens_map|chat_template|tokenizer\.tok|model\.safetensors\.index)\.json"
+    r"|tokenizer_config|special_tokens_map|chat_template|tokenizer\.tok)\.json"
     r"|merges\.txt|chat_template\.jinja|tokenizer\.model(?:\.v\d+\w*)?|(?:LICEN[CS]E|NOTICE|USE_POLICY)(?:\.txt|\.md)?"
 )
-_PICKLED = re.compile(r"consolidated\.\d\d\.pth?")  # what `formats.meta` and `formats.mistral` read
+# What is read without running it: by `formats.pytorch`, by `formats.meta` and `formats.mistral`, by `formats.grok1`.
+_TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
+_VENDOR = re.compile(r"consolidated\.\d\d\.pth?")
+_GROK1 = re.compile(r"(?:.*/)?ckpt-0/tensor\d{5}_\d{3}")
 _SPLIT = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 
 
@@ -48,16 +56,18 @@ def select(names: Iterable[str], *, include: Sequence[str] = (), where: str, all
     """
     all_names = list(names)
     top = {name for name in all_names if "/" not in name}
+    top |= {name for name in all_names if _GROK1.fullmatch(name) and name.count("/") == 1}
     wanted = [name for name in all_names if _matches(name, include)] if include else sorted(top)
     weights = _weights(wanted, explicit=bool(include), where=where, allow_pickle=allow_pickle)
-    folder = weights[0].rpartition("/")[0]
-    chosen = list(weights)
-    vendor = all(_last(name).startswith("consolidated") for name in weights)
+    folders = {weights[0].rpartition("/")[0]}
+    if _GROK1.fullmatch(weights[0]):
+        folders.add(weights[0].rpartition("ckpt-0/")[0].rstrip("/"))  # tokenizer.model lies there
+    chosen, own = list(weights), _own_index(weights)
     if not weights[0].endswith(".gguf"):
-        beside = [name for name in all_names if name.rpartition("/")[0] == folder]
-        chosen += [name for name in beside if _is_companion(name, vendor=vendor)]
+        beside = [name for name in all_names if name.rpartition("/")[0] in folders]
+        chosen += [name for name in beside if _is_companion(name, own)]
     if include:
-        chosen += [name for name in wanted if _is_companion(name, vendor=vendor)]
+        chosen += [name for name in wanted if _is_companion(name, own)]
     return check_all(sorted(set(chosen)), where=where)
 
 
@@ -83,13 +93,18 @@ def placed(names: Sequence[str]) -> dict[str, str]:
 
 def index_in(names: Sequence[str]) -> str | None:
     """The index among chosen top-level files that says which shards there are; None without one."""
-    return next((name for name in (VENDOR_INDEX, INDEX) if name in names), None)
+    return next((name for name in _INDEXES if name in names), None)
 
 
-def shards_of(index: object, *, where: str) -> list[str]:
-    """The weight files that a parsed safetensors index names, sorted.
+def suffix_of(index: str) -> str:
+    """What the names of all shards end in that an index of this name lists."""
+    return ".bin" if index == TORCH_INDEX else ".safetensors"
 
-    Raises UnsafeInputError for a name that is no plain safetensors file name beside the index.
+
+def shards_of(index: object, *, suffix: str = ".safetensors", where: str) -> list[str]:
+    """The weight files that a parsed index of shards names, sorted.
+
+    Raises UnsafeInputError for a name that is no plain file name with that suffix, beside the index.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -97,8 +112,8 @@ def shards_of(index: object, *, where: str) -> list[str]:
     found = set()
     for value in weight_map.values():
         name = str(check_name(value, path=where))
-        if "/" in name or not name.endswith(".safetensors"):
-            raise UnsafeInputError(f"it names {name!r}, which is no safetensors file beside it", path=where)
+        if "/" in name or not name.endswith(suffix):
+            raise UnsafeInputError(f"it names {name!r}, which is no {suffix[1:]} file beside it", path=where)
         found.add(name)
     return sorted(found)
 
@@ -107,12 +122,16 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _is_companion(name: str, *, vendor: bool) -> bool:
-    """Whether a file belongs to weights beside it; either form has its own index, which lists only its own shards."""
-    last = _last(name)
-    if last in (INDEX, VENDOR_INDEX):
-        return (last == VENDOR_INDEX) == vendor
-    return _COMPANIONS.fullmatch(last) is not None
+def _own_index(weights: Sequence[str]) -> str:
+    """The name of the index that would list `weights`: each form has its own, which lists only its own shards."""
+    if all(_last(name).startswith("consolidated") for name in weights):
+        return VENDOR_INDEX
+    return {".bin": TORCH_INDEX, ".safetensors": INDEX}.get(PurePosixPath(weights[0]).suffix, "")
+
+
+def _is_companion(name: str, own_index: str) -> bool:
+    """Whether a file belongs to the weights beside it that `own_index` would list."""
+    return _last(name) == own_index or _COMPANIONS.fullmatch(_last(name)) is not None
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -131,7 +150,7 @@ def _weights(names: Sequence[str], *, explicit: bool, where: str, allow_pickle: 
         )
     if safetensors:
         return safetensors if explicit else _prefer(safetensors)
-    if not ggufs and allow_pickle and (pickles := [name for name in names if _PICKLED.fullmatch(_last(name))]):
+    if not ggufs and allow_pickle and (pickles := _pickles(names, explicit=explicit)):
         folders = sorted({name.rpartition("/")[0] for name in pickles})
         if len(folders) > 1:
             hint = f"Choose one, for example --include '{folders[-1]}/*'."
@@ -150,6 +169,18 @@ def _weights(names: Sequence[str], *, explicit: bool, where: str, allow_pickle: 
     return ggufs
 
 
+def _pickles(names: Sequence[str], *, explicit: bool) -> list[str]:
+    """Pickled weights of one kind: Hugging Face's form before the vendor's, if its configuration is there too."""
+    torch = [name for name in names if _TORCH.fullmatch(_last(name))]
+    vendor = [name for name in names if _VENDOR.fullmatch(_last(name))]
+    if vendor and not (torch and "config.json" in names):
+        return vendor
+    if torch and not explicit:
+        shards = [name for name in torch if name.startswith("pytorch_model-")]
+        return ["pytorch_model.bin"] if "pytorch_model.bin" in torch else shards or torch
+    return torch or [name for name in names if _GROK1.fullmatch(name)]
+
+
 def _prefer(names: Sequence[str]) -> list[str]:
     if "model.safetensors" in names:
         return ["model.safetensors"]
@@ -164,13 +195,13 @@ def _group(name: str) -> str:
 
 
 def _no_weights(names: Sequence[str], *, explicit: bool, where: str) -> NoReturn:
-    refused = [name for name in names if name.endswith(_REFUSED)]
+    refused = [name for name in names if name.endswith(_REFUSED) or _GROK1.fullmatch(name)]
     pickles = [name for name in refused if not name.endswith((".py", ".so", ".sh"))]
     if pickles:
         raise UnsafeInputError(
             f"only pickled weights ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which can run code",
             path=where,
-            hint=_OTHER_FORM + (_BY_HAND if any(_PICKLED.fullmatch(_last(name)) for name in pickles) else "."),
+            hint=_OTHER_FORM + (_BY_HAND if _pickles(pickles, explicit=explicit) else "."),
         )
     if explicit:
         raise NotFoundError("no weights match --include", path=where, hint="Patterns are globs, as '*Q8_0.gguf'.")

@@ -203,7 +203,8 @@ def _follow_index(
         index = json.loads((into / name).read_bytes())
     except (ValueError, RecursionError) as error:
         raise IntegrityError("not JSON", path=f"{session.where}/{name}") from error
-    shards = choose.shards_of(index, where=f"{session.where}/{name}")
+    suffix = choose.suffix_of(name)
+    shards = choose.shards_of(index, suffix=suffix, where=f"{session.where}/{name}")
     missing = [shard for shard in shards if shard not in listing.files]
     if missing:
         raise IntegrityError(
@@ -211,7 +212,7 @@ def _follow_index(
             path=session.where,
             hint="The repository is incomplete; try another revision.",
         )
-    kept = [one for one in names if not one.endswith(".safetensors")]
+    kept = [one for one in names if not one.endswith(suffix)]
     return choose.check_all(sorted({*kept, *shards}), where=session.where), taken
 
 

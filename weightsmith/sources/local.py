@@ -18,8 +18,10 @@ from weightsmith.sources.source import Fetched, FetchedFile, Source
 from weightsmith.store import sha256_file, take_in
 
 
-def fetch(source: Source, into: Path) -> Fetched:
+def fetch(source: Source, into: Path, *, allow_pickle: bool = False) -> Fetched:
     """Take the checkpoint at the path of `source` into folder `into`; the user's files stay as they are.
+
+    allow_pickle: it may consist of pickled weights.
 
     Raises NotFoundError, UnsupportedError (no container known), UnsafeInputError (a link out of the folder) and what
     opening the container raises.
@@ -28,7 +30,7 @@ def fetch(source: Source, into: Path) -> Fetched:
     if not path.exists():
         raise NotFoundError("no such file or folder", path=path)
     folder = path if path.is_dir() else path.parent
-    reader = open_reader(path)
+    reader = open_reader(path, allow_pickle=allow_pickle)
     try:
         container, found = reader.container, reader.files()
     finally:
