@@ -1,4 +1,4 @@
-"""PyTorch's pickled checkpoints (.pth), read without running them.
+"""PyTorch's pickled checkpoints (.bin, .pth), read without running them.
 
 A pickle is a program: its opcodes import names and call them, so unpickling a downloaded file runs whatever its author
 wrote. Here no name is ever imported and nothing is called. `archive` finds the members of the zip file, `machine` steps

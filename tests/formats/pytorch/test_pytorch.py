@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from tests import moe
 from tests.formats.grok import grok2
+from tests.formats.pickles.crafted import sparse, state_dict, storage, tensor
 from tests.formats.pytorch.bins import INDEX, load, pickled, save, shard_name, write_pickled
 from tests.native import in_one_storage, write_meta, write_mistral
 from tests.tiny import write_llama
@@ -229,3 +231,38 @@ def test_a_file_without_its_index_or_configuration(tmp_path: Path) -> None:
         assert reader.config
     with pytest.raises(UnsupportedError, match=r"config\.json"):
         formats.open_reader(made, allow_pickle=True)
+
+
+def test_grok_1_at_its_real_size(tmp_path: Path) -> None:
+    """hpcai-tech's names and shapes in 19 files, holes for weights: all found, behind 4 GB too, and read at once."""
+    size = {"hidden_size": 6144, "intermediate_size": 32768, "num_hidden_layers": 64, "num_attention_heads": 48}
+    config = grok2.grok1_config("hpcai", num_key_value_heads=8, vocab_size=131072, **size)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {
+        grok2.renamed(f"{name}.weight", "hpcai"): shape
+        for name, shape in grok2.grok_shapes(config | {"num_local_experts": 8, "residual_moe": False}).items()
+        if name != "lm_head"
+    }
+    names, weight_map = list(shapes), {}
+    for number in range(19):
+        part = names[number * len(names) // 19 : (number + 1) * len(names) // 19]
+        items, members = [], {}
+        for key, name in enumerate(part):
+            count = math.prod(shapes[name])
+            view = storage(str(key), count, "BFloat16Storage")
+            strides = (shapes[name][-1], 1)[-len(shapes[name]) :]
+            items.append((name, tensor(of=view, size=shapes[name], stride=strides)))
+            members[f"data/{key}"] = bytes([number, key % 251] * count) if "norm" in name else 2 * count
+        sparse(tmp_path / shard_name(number + 1, 19), {"data.pkl": state_dict(*items), **members})
+        weight_map |= dict.fromkeys(part, shard_name(number + 1, 19))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    reader = formats.open_reader(tmp_path, allow_pickle=True)
+    infos = reader.infos()
+    assert len(infos) == len(names) == 2 + 64 * (4 + 4 + 1 + 8 * 3)
+    assert sum(info.n_weights for info in infos.values()) == 315_684_820_992
+    last = infos["model.norm.weight"]
+    assert last.offset > 1 << 34
+    key = list(weight_map.values()).count(shard_name(19, 19)) - 1
+    assert reader.rows("model.norm.weight", 0, 1)[0, :2].tolist() == [18, key % 251]
+    assert not reader.rows("model.layers.63.block_sparse_moe.experts.7.w2.weight", 6143, 6144).any()
+    reader.close()

@@ -223,6 +223,19 @@ def test_other_zip_files_and_pickles_are_no_checkpoints(tmp_path: Path) -> None:
             formats.open_reader(made / name, allow_pickle=True)
 
 
+def test_what_torch_saves_besides_weights(tmp_path: Path) -> None:
+    made = write_pickled(tmp_path / "bin")
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(linear.parameters())
+    linear(torch.ones(2)).sum().backward()
+    optimizer.step()
+    for value in (linear, optimizer.state_dict(), {"state_dict": linear.state_dict()}, [torch.ones(2)], torch.ones(2)):
+        torch.save(value, made / "pytorch_model.bin")
+        with pytest.raises((UnsafeInputError, UnsupportedError)) as caught:
+            formats.open_reader(made, allow_pickle=True)
+        assert caught.value.exit_code == (4 if value is linear or "param_groups" in value else 1)
+
+
 def test_quantized_weights_in_a_pickle(tmp_path: Path) -> None:
     made = write_pickled(tmp_path / "bin", quantization_config={"quant_method": "gptq", "bits": 4})
     reader = formats.open_reader(made, allow_pickle=True)
