@@ -28,6 +28,7 @@ _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"),
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 0x2041  # flag bits 0, 6 and 13
 _PROTOCOLS = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
+_OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that begins what torch wrote before 1.6, as a pickle
 _POINTER = b"version https://git-lfs"
 
 
@@ -55,8 +56,9 @@ def is_pickled(start: bytes) -> bool:
 
 def is_saved(start: bytes) -> bool:
     """Whether a file of these first 512 bytes looks like what some version of torch.save wrote."""
-    name_end = 30 + int.from_bytes(start[26:28], "little")
-    return is_pickled(start) and (start[:2] != b"PK" or start[30:name_end].endswith(b"/data.pkl"))
+    if start[:4] == b"PK\3\4":
+        return start[30 : 30 + int.from_bytes(start[26:28], "little")].endswith(b"/data.pkl")
+    return is_pickled(start) and (start[:1] != b"\x80" or _OLD in start[:32])
 
 
 def read_archive(handle: int, size: int, *, path: Path) -> Archive:
@@ -83,6 +85,8 @@ def read_archive(handle: int, size: int, *, path: Path) -> Archive:
 def _check_start(start: bytes, path: Path) -> None:
     if start.startswith(_POINTER):
         raise IntegrityError("a git-LFS pointer, not the weights it stands for", path=path, hint="Run `git lfs pull`.")
+    if start[:2] in _PROTOCOLS and _OLD not in start[:32]:
+        raise UnsafeInputError("a pickle by itself, which torch.save never wrote", path=path, hint="Nothing was run.")
     if start[:1] == b"\x80" or start[257:262] == b"ustar":
         raise UnsupportedError(
             "the form that torch wrote before version 1.6 (a bare pickle or a tar file)",

@@ -46,6 +46,7 @@ def made_by(verb: str, source: Path, target: str, out: Path, *options: str) -> d
     return {file.name: file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "shards"), [("F16", 1), ("BF16", 3), ("F32", 2)])
 def test_the_same_bytes_as_from_safetensors(dtype: str, shards: int, tmp_path: Path) -> None:
     plain = write_llama(tmp_path / "a" / "tiny", dtype=dtype, shards=shards)

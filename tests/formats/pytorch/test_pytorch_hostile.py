@@ -1,8 +1,10 @@
-"""Hostile and damaged folders of pytorch_model*.bin: refused by name, exit codes as promised, nothing runs."""
+"""Hostile and damaged folders of pytorch_model*.bin: refused by name, exit unsafe as promised, nothing runs."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.formats.pickles.crafted import archive, hostile, state_dict, storage, tensor
+from tests.formats.pickles.crafted import Runs, archive, hostile, state_dict, storage, tensor
 from tests.formats.pytorch.bins import INDEX, shard_name, write_pickled
 from weightsmith import formats
 from weightsmith.cli.app import run
@@ -86,6 +88,15 @@ def test_exit_code_of_a_hostile_shard(sharded: Path, tmp_path: Path, capsys: pyt
     assert "posix.system" in said or "nt.system" in said
     assert shard_name(2, 2) in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_bare_pickle_under_the_name_of_weights(protocol: int, tmp_path: Path) -> None:
+    made = write_pickled(tmp_path / "bin")
+    (made / "pytorch_model.bin").write_bytes(pickle.dumps({"w": Runs(os.mkdir, str(tmp_path / "ran"))}, protocol))
+    for options in ([], ["--allow-pickle"]):
+        assert run(["show", str(made), "-q", *options]) == 4
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_safetensors_index_cannot_bring_a_pickle_in(tmp_path: Path) -> None:
@@ -218,7 +229,8 @@ def test_other_zip_files_and_pickles_are_no_checkpoints(tmp_path: Path) -> None:
     made = write_pickled(tmp_path / "bin")
     (made / "other.zip").write_bytes(b"PK\3\4" + bytes(22) + b"\3\0\0\0abc" + bytes(64))
     (made / "other").write_bytes(b"\x80")
-    for name in ("other.zip", "other", "config.json"):
+    (made / "some.pkl").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("other.zip", "other", "some.pkl", "config.json"):
         with pytest.raises(UnsupportedError, match="not a checkpoint"):
             formats.open_reader(made / name, allow_pickle=True)
 
@@ -229,11 +241,13 @@ def test_what_torch_saves_besides_weights(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(linear.parameters())
     linear(torch.ones(2)).sum().backward()
     optimizer.step()
-    for value in (linear, optimizer.state_dict(), {"state_dict": linear.state_dict()}, [torch.ones(2)], torch.ones(2)):
+    nested = {"state_dict": linear.state_dict()}
+    values = [(linear, True), (optimizer.state_dict(), True), (nested, False), ([torch.ones(2)], False)]
+    for value, unsafe in values:
         torch.save(value, made / "pytorch_model.bin")
         with pytest.raises((UnsafeInputError, UnsupportedError)) as caught:
             formats.open_reader(made, allow_pickle=True)
-        assert caught.value.exit_code == (4 if value is linear or "param_groups" in value else 1)
+        assert caught.value.exit_code == (4 if unsafe else 1)
 
 
 def test_quantized_weights_in_a_pickle(tmp_path: Path) -> None:
