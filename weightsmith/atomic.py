@@ -61,6 +61,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and what is missing above it, durably; harmless if it is there."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def _open_locked(path: Path, flags: int, *, folder: bool = False) -> int:
     """Open the part of `path` (made if absent) and lock it for this process: the handle, which holds the lock."""
     part = part_path(path)

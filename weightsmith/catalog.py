@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from weightsmith import inventory, oci, store
 from weightsmith._version import __version__
-from weightsmith.atomic import disk_errors, sync_folder, write_text
+from weightsmith.atomic import disk_errors, make_folder, sync_folder, write_text
 from weightsmith.errors import (
     NotFoundError,
     OutputExistsError,
@@ -265,7 +265,7 @@ class Reservation:
             with contextlib.suppress(oci.CannotLinkError):
                 oci.adopt(home, self.folder / file.path, file, scratch)
         with store.locked(self.catalog.models / ".lock"), disk_errors(target):
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
             inventory.recover(target.parent)
             there = read_record(target) if (target / RECORD).is_file() and not overwrite else None
             if there is not None:
@@ -349,8 +349,12 @@ def _hashed(folder: Path, known: Mapping[str, str]) -> tuple[File, ...]:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     if not paths:
         raise WeightsmithError("nothing was written to keep", path=folder)
+    folded: dict[str, str] = {}
     for name, path in paths.items():
         check_name(name, path=folder)
+        if folded.setdefault(name.casefold(), name) != name:
+            other = folded[name.casefold()]
+            raise UnsafeInputError(f"{name!r} and {other!r} are one name where case does not count", path=folder)
         if path.is_symlink() or not path.is_file() or name == RECORD:
             raise UnsafeInputError(f"{name!r} may not be part of a checkpoint", path=folder)
     sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}

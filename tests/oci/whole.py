@@ -53,6 +53,9 @@ def check(home: Path) -> dict[str, Any]:
         name = descriptor.get("annotations", {}).get(REF, descriptor["digest"])
         assert name not in found
         found[name] = manifest
+    for mark in (home / "referrers").glob("*/*"):
+        manifest = json.loads((home / "blobs" / "sha256" / mark.name.removesuffix(".part")).read_bytes())
+        assert manifest["subject"]["digest"] == f"sha256:{mark.parent.name}"
     return found
 
 

@@ -17,7 +17,7 @@ import os
 import stat
 from pathlib import Path
 
-from weightsmith.atomic import disk_errors, write_bytes
+from weightsmith.atomic import disk_errors, make_folder, write_bytes
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UnsupportedError, WeightsmithError
 from weightsmith.oci.manifest import digest_of
 from weightsmith.store import HEX, File, sha256_file
@@ -35,6 +35,15 @@ class CannotLinkError(WeightsmithError):
 def folder(home: Path) -> Path:
     """Where the blobs of `home` lie."""
     return home / "blobs" / "sha256"
+
+
+def prepare(home: Path) -> None:
+    """Make the folder of blobs; raises UnsafeInputError if a link leads somewhere else instead."""
+    for place in (home / "blobs", folder(home)):
+        if place.is_symlink():
+            raise UnsafeInputError("a link is where blobs belong", path=place, hint="Move the whole home, not a part.")
+    with disk_errors(folder(home)):
+        make_folder(folder(home))
 
 
 def blob_path(home: Path, digest: str) -> Path:
@@ -121,8 +130,6 @@ def plain(path: Path) -> os.stat_result | None:
 
 def link(source: Path, target: Path) -> None:
     """A hard link, or CannotLinkError saying so."""
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:

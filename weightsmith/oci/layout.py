@@ -38,6 +38,7 @@ def publish(home: Path, files_in: Path, entry: Entry, *, scratch: Path) -> None:
 
     Raises CannotLinkError (no hard links there) and NotFoundError (a file is gone or has another size).
     """
+    blobs.prepare(home)
     for file in entry.files:
         blobs.share(home, files_in / file.path, file, scratch)
     blobs.write(home, config_of(entry))
@@ -52,6 +53,7 @@ def sync(home: Path) -> list[Entry]:
     for model in models.iterdir() if models.is_dir() else ():
         if model.is_dir() and not model.is_symlink():
             inventory.recover(model)
+    blobs.prepare(home)
     listed, refused = [], 0
     for entry in inventory.read_all(models)[0]:
         try:
@@ -89,7 +91,7 @@ def _complete(home: Path, entry: Entry) -> None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return None if path.is_symlink() else path.read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
         return None
 
@@ -160,7 +162,7 @@ def exclusive(home: Path, gone: Sequence[Entry], rest: Iterable[Entry], *, doubt
 def drop(home: Path, paths: Iterable[Path]) -> None:
     """Remove blobs and marks that nobody needs any more; the lock is held. Marks go first, then what they name."""
     for path in sorted(paths, key=lambda path: path.is_relative_to(home / "blobs")):
-        with contextlib.suppress(FileNotFoundError), disk_errors(path):
+        with disk_errors(path), contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         if not path.is_relative_to(home / "blobs"):
             with contextlib.suppress(OSError):  # not empty

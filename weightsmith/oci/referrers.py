@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith import inventory
-from weightsmith.atomic import write_bytes
+from weightsmith.atomic import disk_errors, make_folder, write_bytes
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UnsupportedError, UsageError
 from weightsmith.oci import blobs, layout
 from weightsmith.oci.manifest import MANIFEST, described, digest_of, manifest_of, to_json
@@ -83,10 +83,14 @@ def attach(
                 "annotations": {CREATED: now, **notes},
             }
         )
+        blobs.prepare(catalog_home)
         blobs.write(catalog_home, data)
         blobs.write(catalog_home, EMPTY)
         digest = blobs.write(catalog_home, manifest)
-        write_bytes(layout.marks(catalog_home, subject) / digest.removeprefix("sha256:"), b"")
+        mark = layout.marks(catalog_home, subject) / digest.removeprefix("sha256:")
+        with disk_errors(mark):
+            make_folder(mark.parent)
+        write_bytes(mark, b"")
         layout.sync(catalog_home)
     return digest
 
