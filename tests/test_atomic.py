@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -385,3 +387,15 @@ def test_write_text(tmp_path: Path) -> None:
     write_text(path, "short")
     assert path.read_text() == "short"
     assert names(tmp_path) == ["x.json"]
+
+
+def test_who_only_looks_does_not_disturb_a_writer(tmp_path: Path) -> None:
+    """`gc` asks whether a part is free by taking its lock for a moment."""
+    part = tmp_path / "x.part"
+    part.touch()
+    looker = os.open(part, os.O_RDONLY)
+    fcntl.flock(looker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    threading.Timer(0.03, os.close, [looker]).start()
+    file = AtomicFile(tmp_path / "x", 1)
+    file.write(0, b"x")
+    assert file.commit().read_bytes() == b"x"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from tests.craft import STRING, gguf, kv
 from weightsmith import catalog as catalog_module
+from weightsmith import inventory
 from weightsmith.catalog import Catalog, Entry, check_word, tag_for
 from weightsmith.errors import (
     IntegrityError,
@@ -227,6 +229,24 @@ def test_damaged_record(catalog: Catalog, caplog: pytest.LogCaptureFixture, text
         catalog.remove("bad:t")
     catalog.remove("bad:t", force=True)
     assert not bad.folder.exists()
+
+
+def test_an_entry_that_goes_while_the_catalog_is_read_is_not_damaged(
+    catalog: Catalog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(catalog, "a:t", "a")
+    kept = put(catalog, "b:t", "b")
+    folders = inventory.folders
+
+    def removed_meanwhile(models: Path, name: str | None = None) -> list[Path]:
+        found = folders(models, name)
+        shutil.rmtree(models / "a")
+        return found
+
+    monkeypatch.setattr(inventory, "folders", removed_meanwhile)
+    with caplog.at_level(logging.WARNING):
+        assert catalog.entries() == [kept]
+    assert caplog.text == ""
 
 
 def test_planted_links_are_not_entries(catalog: Catalog, tmp_path: Path) -> None:

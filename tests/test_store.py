@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -187,3 +188,21 @@ def test_damaged_records_raise_only_integrity_errors(
     (folder / store.RECORD).write_bytes(text[:cut] + junk + text[cut + len(junk) :])
     with contextlib.suppress(IntegrityError):
         assert read_record(folder).ref == "name:tag"
+
+
+def test_who_only_looks_does_not_disturb_a_new_staging_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gc` asks whether a folder is free by taking its lock for a moment, and that may be the folder's first moment."""
+    opened = store._open_lock
+
+    def looked_at(path: Path) -> int:
+        handle = opened(path)
+        if path.parent.parent == tmp_path / "staging":
+            looker = os.open(path, os.O_RDONLY)
+            fcntl.flock(looker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            threading.Timer(0.05, os.close, [looker]).start()
+        return handle
+
+    monkeypatch.setattr(store, "_open_lock", looked_at)
+    staging = Staging(tmp_path)
+    assert not store.is_free(staging.base / ".lock")
+    staging.release()

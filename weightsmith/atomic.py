@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,25 @@ def _open_locked(path: Path, flags: int, *, folder: bool = False) -> int:
             if kind == errno.ENOENT and folder and path.parent.is_dir():
                 continue  # its writer finished and renamed it between our two steps
             raise
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not _locked_soon(handle):
             os.close(handle)
-            raise OutputExistsError("another process is writing this output", path=path) from error
+            raise OutputExistsError("another process is writing this output", path=path)
         # Its last writer may have renamed or removed it before we got the lock: then this handle is the finished
         # output, which must not be touched, and the part is to be made anew.
         if _is_same(handle, part):
             return handle
         os.close(handle)
+
+
+def _locked_soon(handle: int) -> bool:
+    """Lock an open file; not at once, because who only looks whether it is free holds it for a moment."""
+    for _ in range(20):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.005)
+    return False
 
 
 def _is_same(handle: int, part: Path) -> bool:

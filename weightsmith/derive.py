@@ -55,7 +55,10 @@ def derive(
 def _work_folder(home: Path, parent: Entry, target: jobs.Target, options: jobs.Options) -> Path:
     root = home / "work"
     for old in root.glob("*"):
-        touched = max((path.lstat().st_mtime for path in [old, *old.rglob("*")]), default=0.0)
+        try:
+            touched = max(path.lstat().st_mtime for path in [old, *old.rglob("*")])
+        except FileNotFoundError:
+            continue  # somebody is at work there
         if touched < time.time() - STALE_SECONDS:
             log.info("removed unfinished work that is older than a week: %s", old)
             shutil.rmtree(old, ignore_errors=True)

@@ -20,15 +20,17 @@ _STAGES = (".old", ".gone")  # `.TAG.old` waits for its replacement, `.TAG.gone`
 
 def folders(models: Path, name: str | None = None) -> list[Path]:
     """Folders below `models` (of model `name`, or all) that hold a record, sorted; never through a symbolic link."""
+    found = []
+    for folder in [models / name] if name is not None else _inside(models):
+        if WORD.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            found += [tag for tag in _inside(folder) if WORD.fullmatch(tag.name) and not tag.is_symlink()]
+    return [tag for tag in found if (tag / RECORD).is_file()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted; nothing if that is gone."""
     try:
-        names = [models / name] if name is not None else sorted(models.iterdir())
-        return [
-            tag
-            for folder in names
-            if WORD.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
-            for tag in sorted(folder.iterdir())
-            if WORD.fullmatch(tag.name) and not tag.is_symlink() and (tag / RECORD).is_file()
-        ]
+        return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
 
@@ -40,7 +42,8 @@ def read_all(models: Path) -> tuple[list[Entry], list[IntegrityError]]:
         try:
             entries.append(read_record(folder))
         except IntegrityError as error:
-            faults.append(error)
+            if (folder / RECORD).is_file():  # else it was removed since we saw it
+                faults.append(error)
     return entries, faults
 
 

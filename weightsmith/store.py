@@ -226,10 +226,8 @@ class Staging:
                 self.base.mkdir()
                 self.folder = self.base / "files"
                 self.folder.mkdir()
-            handle = _try_lock(self.base / ".lock")
-        if handle is None:  # pragma: no cover  (the folder is seconds old and its name is random)
-            raise WeightsmithError("cannot lock a new staging folder", path=self.base)
-        self._handle: int | None = handle
+            self._handle: int | None = _open_lock(self.base / ".lock")
+            fcntl.flock(self._handle, fcntl.LOCK_EX)  # waits for a moment if somebody looks whether it is free
 
     def release(self) -> None:
         """Remove what is left of the folder and free its lock; harmless when repeated."""

@@ -176,12 +176,18 @@ def collect(catalog: Catalog, found: Iterable[Garbage]) -> int:
 
 def _in_use(folder: Path) -> bool:
     """Whether a process holds a lock in `folder` (unfinished outputs are locked by their writers)."""
-    return any(not store.is_free(path) for path in [folder, *folder.rglob("*")])
+    return any(not store.is_free(path) for path in [folder, *_inside(folder)])
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Everything below `folder`; folders that go meanwhile are as if they had been empty."""
+    for base, folders, files in os.walk(folder):
+        yield from (Path(base, name) for name in (*folders, *files))
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Regular files below `folder`, never through a link."""
-    for path in folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else ():
+    for path in () if folder.is_symlink() else _inside(folder):
         try:
             status = path.lstat()
         except FileNotFoundError:

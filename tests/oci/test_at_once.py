@@ -23,25 +23,30 @@ ROUNDS = 50
 WORKER = """
 import sys
 from pathlib import Path
+from tests.oci.whole import check
 from weightsmith import usage
 from weightsmith.catalog import Catalog
 from weightsmith.errors import NotFoundError
 from weightsmith.pull import pull
+from weightsmith.store import locked
 catalog = Catalog(Path(sys.argv[1]))
+def collect():
+    for _ in range(3):
+        usage.collect(catalog, usage.garbage(catalog))
+        with locked(catalog.models / ".lock"):
+            check(catalog.home) if (catalog.home / "index.json").exists() else None
 print("ready", flush=True)
 for line in sys.stdin:
     what, *words = line.split()
     if what == "pull":
         print(pull(catalog, f"hf://o/r{words[0]}", name=words[1]).ref, flush=True)
     else:
-        for _ in range(3):
-            usage.collect(catalog, usage.garbage(catalog))
+        collect()
         try:
             catalog.remove(words[0])
         except NotFoundError:
             pass
-        for _ in range(3):
-            usage.collect(catalog, usage.garbage(catalog))
+        collect()
         print("collected", flush=True)
 """
 
@@ -62,7 +67,7 @@ def test_two_pulls_and_a_gc(hub: Hub, tmp_path: Path) -> None:
     env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", WORKER, str(home)]
-    workers = [subprocess.Popen(command, env=env, text=True, bufsize=1, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+    workers = [subprocess.Popen(command, cwd=ROOT, env=env, text=True, bufsize=1, **pipes) for _ in range(3)]  # type: ignore[call-overload]
     expected = set()
     try:
         told = [answers(workers)]

@@ -175,12 +175,20 @@ def stray(home: Path) -> list[Path]:
     if faults:
         return []
     needed = holders(home, entries)
-    found = []
-    for top in (home / "referrers", home / "blobs"):
-        for folder in sorted(top.iterdir()) if top.is_dir() and not top.is_symlink() else ():
-            if folder.is_dir() and not folder.is_symlink():
-                found += [path for path in sorted(folder.iterdir()) if path not in needed and not path.is_dir()]
-    return found
+    return [
+        path
+        for folder in (*_ours(home / "referrers"), *(one for one in _ours(home / "blobs") if one.name == "sha256"))
+        for path in _ours(folder)
+        if HEX.fullmatch(path.name.removesuffix(".part")) and path not in needed and not path.is_dir()
+    ]
+
+
+def _ours(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted; nothing through a link, or if it is gone."""
+    try:
+        return [] if folder.is_symlink() else sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def unlinked(home: Path) -> list[tuple[Path, File]]:

@@ -6,6 +6,7 @@ very model that this one waits for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,8 +40,10 @@ class Shelf:
     def _refresh(self) -> None:
         if self._catalog is None or not self._catalog.models.is_dir():
             return
-        folders = sorted(folder for folder in self._catalog.models.iterdir() if folder.is_dir())
-        state = [(folder.name, folder.stat().st_mtime_ns) for folder in folders]
+        state = []
+        for folder in sorted(self._catalog.models.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                state.append((folder.name, folder.stat().st_mtime_ns))
         if state != self._state:
             self._state = state
             self._files = [
