@@ -154,10 +154,9 @@ class Catalog:
                 entry = self.get(ref)
                 tag = entry.tag
                 self._refuse_orphans(entry, force=force)
-            entries, faults = inventory.read_all(self.models)
-            gone = [entry for entry in entries if (entry.name, entry.tag) == (name, tag)]
-            rest = [entry for entry in entries if (entry.name, entry.tag) != (name, tag)]
-            blobs = oci.exclusive(self.home, gone, rest, doubt=bool(faults))
+            oci.begin(self.home)
+            gone = [entry for entry in inventory.read_all(self.models, name)[0] if entry.tag == tag]
+            blobs = oci.exclusive(self.home, gone[0], but={gone[0].ref}) if gone else []
             folder = self.models / name / str(tag)
             freed = store.freed_bytes([*folder.rglob("*"), *blobs])
             self._take_away(folder, blobs)
@@ -172,10 +171,12 @@ class Catalog:
             shutil.rmtree(gone)
             if not any(child.is_dir() for child in folder.parent.iterdir()):
                 shutil.rmtree(folder.parent)
+        ref = f"{folder.parent.name}:{folder.name}"
         with contextlib.suppress(ResourceError):  # on a full disk the index must wait until bytes are free
-            oci.sync(self.home)
+            oci.refresh(self.home, ref)
         oci.drop(self.home, blobs)
-        oci.sync(self.home)
+        oci.refresh(self.home, ref)
+        oci.done(self.home)
 
     def lineage(self, ref: str) -> list[Entry]:
         """The entry `ref`, what it was made from, and so on to the original.
@@ -273,13 +274,15 @@ class Reservation:
                     hint = "Remove it first, pass --force, or choose another tag."
                     raise OutputExistsError(f"{entry.ref} is already in the catalog", hint=hint)
                 return there
-            former = [old for old in inventory.read_all(self.catalog.models)[0] if old.ref == entry.ref]
-            with contextlib.suppress(oci.CannotLinkError):  # `sync` tells
+            oci.begin(home)
+            former = [old for old in inventory.read_all(self.catalog.models, self.name)[0] if old.tag == self.tag]
+            with contextlib.suppress(oci.CannotLinkError):  # `refresh` tells
                 oci.publish(home, self.folder, entry, scratch=scratch)
             _swap_in(self.folder, target)
-            oci.sync(home)
-            rest, faults = inventory.read_all(self.catalog.models)
-            oci.drop(home, oci.exclusive(home, former, rest, doubt=bool(faults)))
+            oci.refresh(home, entry.ref)
+            if former:
+                oci.drop(home, oci.exclusive(home, former[0]))
+            oci.done(home)
         self._staging.release()
         return entry
 

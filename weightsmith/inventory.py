@@ -35,10 +35,10 @@ def _inside(folder: Path) -> list[Path]:
         return []
 
 
-def read_all(models: Path) -> tuple[list[Entry], list[IntegrityError]]:
-    """Every entry below `models`, by name and tag, and the faults of records that cannot be read."""
+def read_all(models: Path, name: str | None = None) -> tuple[list[Entry], list[IntegrityError]]:
+    """Every entry below `models` (of `name`), by name and tag, and the faults of records that cannot be read."""
     entries, faults = [], []
-    for folder in folders(models):
+    for folder in folders(models, name):
         try:
             entries.append(read_record(folder))
         except IntegrityError as error:

@@ -164,6 +164,7 @@ def collect(catalog: Catalog, found: Iterable[Garbage]) -> int:
                 if item.path.is_relative_to(catalog.models) and item.what != TWICE:
                     shutil.rmtree(item.path, ignore_errors=True)
             oci.sync(home)
+            oci.done(home)
             oci.unite(home)
             named = {item.path for item in found}
             oci.drop(home, [path for path in oci.stray(home) if path in named])

@@ -9,9 +9,9 @@ Records (see store.py) are the truth. A manifest is a function of a record (mani
 records, so both can be written anew at any time; only what was attached has no other home, and `referrers/` is where
 it is known.
 
-The layout (layout.py) is written under the catalog's lock, in an order that leaves a whole layout wherever a process
-dies: blobs before the manifest that names them, manifests before the index, and the other way round when they go. What
-is missing (a home from before there were blobs, a killed run) is made up for by the next write.
+The layout (layout.py, index.py) is written under the catalog's lock, in an order that leaves a whole layout wherever a
+process dies: blobs before the manifest that names them, manifests before the index, and the other way round when they
+go. What is missing (a home from before there were blobs, a killed run) is made up for by the next write.
 
 Sources: opencontainers/image-spec v1.1 (image-layout.md, manifest.md: artifactType, subject), modelpack/model-spec.
 """
@@ -19,7 +19,19 @@ Sources: opencontainers/image-spec v1.1 (image-layout.md, manifest.md: artifactT
 from __future__ import annotations
 
 from weightsmith.oci.blobs import CannotLinkError, adopt, blob_path, read, share
-from weightsmith.oci.layout import drop, exclusive, holders, publish, stray, sync, unite, unlinked
+from weightsmith.oci.layout import (
+    begin,
+    done,
+    drop,
+    exclusive,
+    holders,
+    publish,
+    refresh,
+    stray,
+    sync,
+    unite,
+    unlinked,
+)
 from weightsmith.oci.manifest import manifest_of
 from weightsmith.oci.referrers import Attached, attach, attached
 
@@ -29,13 +41,16 @@ __all__ = [
     "adopt",
     "attach",
     "attached",
+    "begin",
     "blob_path",
+    "done",
     "drop",
     "exclusive",
     "holders",
     "manifest_of",
     "publish",
     "read",
+    "refresh",
     "share",
     "stray",
     "sync",

@@ -18,12 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from weightsmith import inventory
 from weightsmith.atomic import disk_errors, make_folder, write_bytes
 from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UnsupportedError, UsageError
 from weightsmith.oci import blobs, layout
 from weightsmith.oci.manifest import MANIFEST, described, digest_of, manifest_of, to_json
-from weightsmith.store import Entry, locked
+from weightsmith.store import RECORD, Entry, locked, read_record
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,8 @@ def attach(
     notes = {str(key): str(value) for key, value in (annotations or {}).items()}
     subject, content = manifest_of(catalog_home, entry)
     with locked(catalog_home / "models" / ".lock"):
-        known = {manifest_of(catalog_home, one)[0] for one in inventory.read_all(catalog_home / "models")[0]}
-        if subject not in known:
+        folder = catalog_home / "models" / entry.name / entry.tag
+        if not (folder / RECORD).is_file() or manifest_of(catalog_home, read_record(folder))[0] != subject:
             raise NotFoundError(f"{entry.ref} is not in the catalog, or not as it was", path=catalog_home)
         for there in attached(catalog_home, entry, artifact_type):
             same = (there.media_type, there.data) == (media_type, digest_of(data))
@@ -83,7 +82,7 @@ def attach(
                 "annotations": {CREATED: now, **notes},
             }
         )
-        blobs.prepare(catalog_home)
+        layout.begin(catalog_home)
         blobs.write(catalog_home, data)
         blobs.write(catalog_home, EMPTY)
         digest = blobs.write(catalog_home, manifest)
@@ -91,7 +90,8 @@ def attach(
         with disk_errors(mark):
             make_folder(mark.parent)
         write_bytes(mark, b"")
-        layout.sync(catalog_home)
+        layout.refresh(catalog_home, entry.ref)
+        layout.done(catalog_home)
     return digest
 
 
