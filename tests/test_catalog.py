@@ -98,6 +98,15 @@ def test_links_and_hostile_names_in_a_result_are_refused(catalog: Catalog, tmp_p
                 reservation.commit()
 
 
+def test_names_that_differ_in_case_alone_are_refused(catalog: Catalog) -> None:
+    """R10: on other systems they would be one file."""
+    with catalog.reserve("m", "t") as reservation:
+        for name in ("m.gguf", "README.md", "readme.md"):
+            (reservation.folder / name).write_bytes(model())
+        with pytest.raises(UnsafeInputError, match="where case does not count"):
+            reservation.commit()
+
+
 def test_add_links_and_leaves_the_source(catalog: Catalog, tmp_path: Path) -> None:
     file = tmp_path / "own.gguf"
     file.write_bytes(model())

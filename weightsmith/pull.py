@@ -13,6 +13,7 @@ from weightsmith.lock import Locked, compare
 from weightsmith.sources import Source, catalog_name, fetch, parse, settle
 from weightsmith.sources.source import bare_url
 from weightsmith.store import Entry
+from weightsmith.suggest import lookalike
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def pull(  # noqa: PLR0913  (the options of one verb)
     name is taken by another source, and what `sources.fetch` and `Reservation.commit` raise.
     """
     source = parse(text)
+    if source.kind == "hf":
+        _warn_of_lookalikes(catalog, source.target)
     name = name or catalog_name(source)
     if catalog.has(name, tag) and not overwrite:
         there = catalog.get(f"{name}:{tag}")
@@ -103,6 +106,14 @@ def _take(
         entry = reservation.commit(origin=origin, hashes=hashes, overwrite=overwrite, allow_pickle=allow_pickle)
         settle(fetched)
         return entry
+
+
+def _warn_of_lookalikes(catalog: Catalog, repo: str) -> None:
+    """Owners are imitated: a repository that looks like one that was pulled before, and is none, is worth a word."""
+    known = {str(entry.origin["repo"]) for entry in catalog.entries() if "repo" in entry.origin}
+    other = lookalike(repo, known) if repo not in known else None
+    if other is not None:
+        log.warning("%s is not %s, from which the catalog has a model: see that it is the owner you mean", repo, other)
 
 
 def _asked(source: Source, revision: str | None, include: Sequence[str]) -> list[str]:

@@ -14,7 +14,8 @@ import pytest
 from tests.oci.whole import check, check_settled, model, put
 from weightsmith import oci, store, usage
 from weightsmith.catalog import Catalog
-from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError
+from weightsmith.cli.app import run
+from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, WeightsmithError
 from weightsmith.oci import manifest
 from weightsmith.store import RECORD
 
@@ -274,3 +275,77 @@ def test_read_verifies(catalog: Catalog) -> None:
         oci.read(catalog.home, "0" * 64)
     usage.collect(catalog, [])  # gc makes it anew
     assert oci.read(catalog.home, digest) == data
+
+
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "models/.link", "models/.changing", "index.json.part"])
+def test_a_link_planted_where_the_layout_is_written_is_not_followed(
+    catalog: Catalog, tmp_path: Path, name: str
+) -> None:
+    """R15, for everything that has a fixed name."""
+    put(catalog, "m:a")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    touched = victim.stat().st_mtime_ns
+    (catalog.home / name).unlink(missing_ok=True)
+    (catalog.home / name).symlink_to(victim)
+    second = put(catalog, "m:b", "a", overwrite=True) if not name.endswith(".part") else None
+    if second is None:
+        with pytest.raises(WeightsmithError):
+            put(catalog, "m:b", "b")
+        (catalog.home / name).unlink()
+    assert (victim.read_bytes(), victim.stat().st_mtime_ns) == (b"precious", touched)
+    usage.collect(catalog, usage.garbage(catalog))
+    assert (victim.read_bytes(), victim.stat().st_mtime_ns) == (b"precious", touched)
+    check_settled(catalog.home)
+
+
+@pytest.mark.parametrize("name", ["blobs", "blobs/sha256"])
+def test_a_folder_of_blobs_that_leads_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ("0" * 64)).write_bytes(b"precious")
+    (catalog.home / name).parent.mkdir(parents=True, exist_ok=True)
+    (catalog.home / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeInputError):
+        put(catalog, "m:a")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["0" * 64]
+    assert usage.garbage(catalog) == []
+
+
+def test_a_change_that_was_left_half_done_is_made_up_for(catalog: Catalog) -> None:
+    """The mark of a killed run makes the next writer look at everything."""
+    put(catalog, "m:a", "a")
+    put(catalog, "m:b", "b")
+    index = json.loads((catalog.home / "index.json").read_bytes())
+    index["manifests"].pop()
+    (catalog.home / "index.json").write_bytes(manifest.to_json(index))
+    put(catalog, "m:c", "c")
+    assert check(catalog.home).keys() == {"m:a", "m:c"}, "an index that could be right is believed"
+    (catalog.models / ".changing").touch()
+    put(catalog, "m:d", "d")
+    check_settled(catalog.home)
+    assert not (catalog.models / ".changing").exists()
+
+
+@pytest.mark.parametrize("junk", [b"", b"{}", b"[]", b'{"manifests": [1]}', b"\xff", b"[" * 100000])
+def test_an_index_that_is_none_is_written_anew(catalog: Catalog, junk: bytes) -> None:
+    put(catalog, "m:a", "a")
+    (catalog.home / "index.json").write_bytes(junk)
+    put(catalog, "m:b", "b")
+    check_settled(catalog.home)
+
+
+def test_looking_reads_no_blob(
+    catalog: Catalog, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`list`, `show` and `path` are as they were: they work where there are no blobs at all."""
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(catalog.home))
+    put(catalog, "m:a", "a")
+    told = []
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(catalog.home / "blobs")
+            (catalog.home / "index.json").unlink()
+        for args in (["list"], ["show", "m:a"], ["path", "m:a"], ["lineage", "m:a"]):
+            assert run([*args, "--json"]) == 0
+            told.append(capsys.readouterr())
+    assert told[:4] == told[4:]

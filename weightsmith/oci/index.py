@@ -89,7 +89,8 @@ def is_sound(home: Path) -> bool:
 def mark(home: Path) -> None:
     """Say, durably, that a change is under way; the lock is held."""
     with disk_errors(_mark(home)):
-        _mark(home).touch()
+        _mark(home).unlink(missing_ok=True)
+        os.close(os.open(_mark(home), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         sync_folder(home / "models")
 
 
