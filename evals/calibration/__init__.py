@@ -4,7 +4,7 @@
 |---|---|
 | rows | text to token windows, a seeded sample of them |
 | generate | text that the model writes itself |
-| states | the hidden states between two layers, in memory or in a file |
+| carry, states | what rows carry between two stages of a layer, in memory or in a file |
 | routed | experts, of which each sees only some tokens |
 | stream | the pass itself: `calibrate` for quantizers, `imatrix` for importances |
 | fold | scales moved between linears and what feeds them |

@@ -1,4 +1,4 @@
-"""Hidden states of all rows between two layers: in memory, or in an unnamed file where they would take too much.
+"""Hidden states of all rows between two stages of a layer: in memory, or in an unnamed file where that takes too much.
 
 The file is read and written in pieces at positions instead of being mapped: a full disk is then an error that can be
 told, and memory holds one piece, whatever the kernel thinks of mapped pages. It has no name, so a killed run leaves

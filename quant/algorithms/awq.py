@@ -27,7 +27,7 @@ from weightsmith.quant.algorithms.moments import loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 
 STEPS = 20
-ROWS = 1024  # of a matrix that candidates are tried on, evenly chosen
+ROWS = 256  # of a matrix that candidates are tried on, evenly chosen
 
 
 def _tied(values: Tensor, heads: int, sharing: int) -> Tensor:
@@ -67,16 +67,17 @@ def scales_of(w: Tensor, h: Tensor, grid: Grid, *, heads: int = 1, sharing: int 
     """
     if h.shape != (w.shape[1], w.shape[1]) or w.shape[1] % (heads * sharing):
         raise UsageError(f"second moments {list(h.shape)}, {heads} x {sharing} heads for a matrix {list(w.shape)}")
+    rtn.check_finite(w)
     w = w[:: -(-len(w) // ROWS)]
     diagonal = h.diagonal().to(w.dtype)
     best = torch.ones(w.shape[1] // sharing, dtype=w.dtype, device=w.device)
-    least = loss_of(w, rtn.quantize(w, grid).dequantize(), h)
+    least = loss_of(w, rtn.rounded(w, grid), h)
     for found in _candidates(_tied(diagonal, heads, sharing), _tied(_shares(w, grid), heads, sharing)):
         scales = found / (found.max() * found.min()).sqrt()
         if not bool(torch.isfinite(scales).all()):
             continue
         wide = spread(scales, heads, sharing)
-        loss = loss_of(w, rtn.quantize(w * wide, grid).dequantize() / wide, h)
+        loss = loss_of(w, rtn.rounded(w * wide, grid).div_(wide), h)
         if loss < least:
             best, least = scales, loss
     return best

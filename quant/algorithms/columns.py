@@ -55,7 +55,7 @@ class Columns:
 
     zeros, scales, mins: [groups, out]; d, dmin: [blocks, out]; mins and dmin are None where the grid has no offsets.
     places: int64 [in], the group of every column. per: groups in a block. reach: least and largest scale, then min.
-    steps and offsets: d * scale and -dmin * min as they stand, [groups, out], kept up to date by `set`.
+    steps, inverse and offsets: d * scale, 1 / that and -dmin * min as they stand, [groups, out], see `refresh`.
     """
 
     levels: Levels
@@ -69,11 +69,11 @@ class Columns:
     reach: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (0, 0))
     steps: Tensor = field(init=False)
     offsets: Tensor | None = field(init=False, default=None)
-    _inverse: Tensor = field(init=False)
+    inverse: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.steps = torch.empty_like(self.scales)
-        self._inverse = torch.empty_like(self.scales)
+        self.inverse = torch.empty_like(self.scales)
         if self.dmin is not None:
             self.offsets = torch.empty_like(self.scales)
         for block in range(len(self.d)):
@@ -88,24 +88,15 @@ class Columns:
         groups = self.groups(block)
         self.steps[groups] = self.d[block] * self.scales[groups]
         step = self.steps[groups]
-        self._inverse[groups] = torch.where(step == 0, torch.zeros_like(step), 1 / step)
+        self.inverse[groups] = torch.where(step == 0, torch.zeros_like(step), 1 / step)
         if self.offsets is not None and self.dmin is not None and self.mins is not None:
             self.offsets[groups] = -(self.dmin[block] * self.mins[groups])
 
     def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes nearest to weights [out] of a column of `group`, and their weights."""
         away = w if self.offsets is None else w - self.offsets[group]
-        codes = self.levels.nearest(away * self._inverse[group], self.zeros[group])
+        codes = self.levels.nearest(away * self.inverse[group], self.zeros[group])
         return codes, self.weights(codes, group)
-
-    def rows(self, places: Tensor) -> Tensor:
-        """Steps, their inverses, zeros and offsets of columns in groups `places`, [4, out, columns]."""
-        found = torch.zeros(4, self.scales.shape[1], len(places), dtype=self.scales.dtype)
-        fields = (self.steps, self._inverse, self.zeros, self.offsets)
-        for into, values in zip(found, fields, strict=True):
-            if values is not None:
-                into.copy_(values[places].T)
-        return found
 
     def weights(self, codes: Tensor, group: int | Tensor) -> Tensor:
         """Weights of codes, [out] of one group, or [columns, out] with the group of each."""

@@ -101,8 +101,8 @@ def _encode(codec: str, w: Tensor, inputs: Inputs, sweeps: int, effort: str) -> 
 def _descended(wt: Tensor, codes: Tensor, grid: Columns, inputs: Inputs, sweeps: int) -> Descent:
     q = grid.weights(codes, grid.places)
     down = Descent(inputs.h, q, inputs.h @ (wt - q), codes, grid)
-    for _ in range(sweeps):
-        down.sweep()
+    for left in reversed(range(sweeps)):
+        down.sweep(last=not left)
     return down
 
 

@@ -47,8 +47,7 @@ def feedback(
     for stop in bounds:
         here, corner = wt[start:stop], u[start:stop, start:stop]
         if begin is None and _is_plain(here):
-            rows = grid.rows(torch.tensor(labels[start:stop]))
-            codes[start:stop], errors = rowwise.feed(here, corner, rows, grid.levels)
+            codes[start:stop], errors = rowwise.feed(here, corner, grid, torch.tensor(labels[start:stop]))
             wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
             start = stop
             continue
@@ -92,10 +91,10 @@ class Descent:
     codes: Tensor
     grid: Columns
 
-    def sweep(self) -> None:
-        """Every block's grid once, then every code once."""
+    def sweep(self, *, last: bool = False) -> None:
+        """Every block's grid once, then every code once. last: of `slope`, nothing will be asked any more."""
         self.move_grid()
-        self.move_codes()
+        self.move_codes(last=last)
 
     def move_grid(self) -> None:
         """Halfs and integers of all blocks, block after block."""
@@ -199,20 +198,21 @@ class Descent:
         grid.refresh(block)
         return bool(better.any())
 
-    def move_codes(self) -> None:
-        """Each code to the best one while all others stand, column by column."""
+    def move_codes(self, *, last: bool = False) -> None:
+        """Each code to the best one while all others stand, column by column. last: see `sweep`."""
         labels = self.grid.places.tolist()
         for start in range(0, len(self.q), BLOCK):
             stop = min(start + BLOCK, len(self.q))
             slope, corner = self.slope[start:stop], self.h[start:stop, start:stop]
             if _is_plain(slope):
                 codes, q = self.codes[start:stop], self.q[start:stop]
-                rows = self.grid.rows(self.grid.places[start:stop])
-                found, new = rowwise.descend(slope, corner, rows, self.grid.levels, codes=codes, q=q)
+                places = self.grid.places[start:stop]
+                found, new = rowwise.descend(slope, corner, self.grid, places, codes=codes, q=q)
                 moved = new - q
                 codes.copy_(found)
                 q.copy_(new)
-                self.slope.addmm_(self.h[:, start:stop], moved, alpha=-1)
+                first = stop if last else 0
+                self.slope[first:].addmm_(self.h[first:, start:stop], moved, alpha=-1)
                 continue
             slope = slope.clone()
             moved = torch.empty_like(slope)

@@ -154,7 +154,8 @@ def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None, *, 
     importance = u.diagonal().square().reciprocal().to(w.dtype)
     spans = _spans(w, grid, method, order, importance)
     columns = spans.columns
-    found = feedback(w.T[order].contiguous(), u.to(w.dtype), columns, spans.labels, bounds=spans.bounds(), begin=spans)
+    begin = spans if spans.firsts else None
+    found = feedback(w.T[order].contiguous(), u.to(w.dtype), columns, spans.labels, bounds=spans.bounds(), begin=begin)
     del u
     codes = torch.empty_like(found)
     codes[order] = found
@@ -162,7 +163,7 @@ def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None, *, 
         matrix = damped(h, share, shrink).to(w.dtype)
         q = columns.weights(codes, columns.places)
         down = Descent(matrix, q, matrix @ (w.T - q), codes, columns)
-        for _ in range(method.sweeps):
-            down.sweep()
+        for left in reversed(range(method.sweeps)):
+            down.sweep(last=not left)
     scales, zeros = columns.d.T.contiguous().float(), columns.zeros.T.to(torch.int16).contiguous()
     return Quantized(codes.T.contiguous(), scales, zeros, columns.places)

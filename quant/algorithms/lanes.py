@@ -170,6 +170,44 @@ def store_bytes(_typing: Any, tile: Any, row: Any, value: Any) -> Any:
     return types.void(tile, row, floats), generate
 
 
+def _place(context: Any, builder: Any, array_type: Any, array: Any, row: Any, column: Any, vector: Any) -> Any:
+    found = context.make_array(array_type)(context, builder, array)
+    width = cgutils.unpack_tuple(builder, found.shape)[1]
+    offset = builder.add(builder.mul(row, width), column)
+    return builder.bitcast(builder.gep(found.data, [offset]), vector.as_pointer())
+
+
+@intrinsic
+def load_at(_typing: Any, array: Any, row: Any, column: Any) -> Any:
+    """Sixteen neighbours from [row, column] on of a C-contiguous float32 or uint8 array; no bounds check."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = _FLOATS if sig.args[0].dtype == types.float32 else _BYTES
+        row64, column64 = (context.cast(builder, args[i], sig.args[i], types.int64) for i in (1, 2))
+        instruction = builder.load(_place(context, builder, sig.args[0], args[0], row64, column64, kind))
+        instruction.align = 4 if kind is _FLOATS else 1
+        return instruction if kind is _FLOATS else builder.uitofp(instruction, _FLOATS)
+
+    return floats(array, row, column), generate
+
+
+@intrinsic
+def store_at(_typing: Any, array: Any, row: Any, column: Any, value: Any) -> Any:
+    """Write sixteen neighbours from [row, column] on of a C-contiguous float32 array, or whole numbers of 0..255 of a
+    uint8 one; no bounds check."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind, found = (_FLOATS, args[3]) if sig.args[0].dtype == types.float32 else (_BYTES, None)
+        if found is None:
+            found = builder.trunc(builder.fptosi(args[3], ir.VectorType(ir.IntType(32), LANES)), _BYTES)
+        row64, column64 = (context.cast(builder, args[i], sig.args[i], types.int64) for i in (1, 2))
+        address = _place(context, builder, sig.args[0], args[0], row64, column64, kind)
+        builder.store(found, address).align = 4 if kind is _FLOATS else 1
+        return context.get_dummy_value()
+
+    return types.void(array, row, column, floats), generate
+
+
 @intrinsic
 def spread(_typing: Any, value: Any) -> Any:
     """A float in every lane."""

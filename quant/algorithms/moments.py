@@ -20,14 +20,19 @@ from weightsmith.errors import IntegrityError
 EXACT = 8192  # up to so many columns the factor is computed in float64; beyond, memory counts
 MOST_DAMP = 1.0
 STRIP = 1024  # rows of a triangle that are inverted at once
+SQUARE = 256  # columns of H on the diagonal of a loss
 
 
 def loss_of(w: Tensor, q: Tensor, h: Tensor) -> float:
-    """tr((w - q) h (w - q)^T): the squared output error, summed over the tokens of h, in its precision."""
+    """tr((w - q) h (w - q)^T): the squared output error, summed over the tokens of h (symmetric), in its precision."""
     total = 0.0
     for start in range(0, len(w), 1024):
         error = (w[start : start + 1024].double() - q[start : start + 1024].double()).to(h.dtype)
-        total += float(((error @ h).double() * error.double()).sum())
+        for left in range(0, len(h), SQUARE):  # what lies above the diagonal counts twice, what lies below is left out
+            right = min(left + SQUARE, len(h))
+            here = error[:, left:right]
+            product = torch.addmm(here @ h[left:right, left:right], error[:, right:], h[right:, left:right], alpha=2)
+            total += float((product.double() * here.double()).sum())
     return total
 
 

@@ -1,9 +1,14 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-"""The loops of `descent` for float32 on a CPU: a chunk of columns, one row of the matrix after the other.
+"""The loops of `descent` for float32 on a CPU: a chunk of columns, sixteen rows of the matrix at a time.
 
-Rows do not depend on each other, so they are shared out to threads and the result does not depend on their number. A
-chunk's rows and its square of H or U stay in the cache, where column by column over all rows would read memory anew
-for every column. Products and differences are rounded one by one, as a decoder will.
+Rows do not depend on each other, so they lie in lanes (`lanes`), are shared out to threads, and the result depends on
+neither. Sixteen rows of a chunk stay in the cache, where column by column over all rows would read memory anew for
+every column. What a column's move means to those behind it is applied at once within SUB columns, and to the rest of
+the chunk when those are done; each takes it in the order of columns either way. Products and differences are rounded
+one by one, as a decoder will.
+
+Matrices come as in `columns`, transposed, so sixteen rows are neighbours in memory. Where their number is no multiple
+of sixteen, the last lanes overlap the ones before: inputs are not written to, so both find the same.
 """
 
 from __future__ import annotations
@@ -11,113 +16,192 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numba import types
 from torch import Tensor
+from torch.nn import functional
 
+from weightsmith.quant.algorithms.lanes import (
+    LANES,
+    any_lane,
+    clip,
+    load,
+    load_at,
+    nearest,
+    spread,
+    store,
+    store_at,
+    where,
+)
 from weightsmith.quant.kernels import inner, kernel
 
-_F2 = types.Array(types.float32, 2, "C")
-_F1 = types.Array(types.float32, 1, "C")
+if TYPE_CHECKING:
+    from weightsmith.quant.algorithms.columns import Columns
+
+_F2 = types.Array(types.float32, 2, "C", readonly=True)
+_F1 = types.Array(types.float32, 1, "C", readonly=True)
+_OUT = types.Array(types.float32, 2, "C")
 _U2 = types.Array(types.uint8, 2, "C")
-# values [rows, n], square [n, n], grid [4, rows, n], table, edges, codes [rows, n], out [rows, n], top, first, last row
-LOOP = types.void(
-    _F2, _F2, types.Array(types.float32, 3, "C"), _F1, _F1, _U2, _F2, types.float32, types.int64, types.int64
-)
-STEP, INVERSE, ZERO, OFFSET = range(4)
+_I1 = types.Array(types.int64, 1, "C", readonly=True)
+_LEVELS = types.Tuple((_F1, _F1, types.float32))  # table, edges, top
+_GRID = types.UniTuple(_F2, 4)  # steps, their inverses, zeros, offsets, each [groups, rows]
+# values [n, rows], square [n, n], grid, group of each column [n], levels, codes [n, rows], out [n, rows], first and
+# last sixteen
+FEED = types.void(_F2, _F2, _GRID, _I1, _LEVELS, _U2, _OUT, types.int64, types.int64)
+DESCEND = types.void(_F2, _F2, _F2, _GRID, _I1, _LEVELS, _U2, _OUT, types.int64, types.int64)  # and q behind values
+SUB = 8
 LEAST = 1 << 16  # weights for which a further thread pays
 
 
 @inner
-def _round(x, grid, r, i, table, edges, top):
-    """Nearest code to a weight, and the weight it stands for."""
-    zero = grid[ZERO, r, i]
-    v = np.float32(np.float32(x - grid[OFFSET, r, i]) * grid[INVERSE, r, i])
+def _round(x, grid, group, at, levels):
+    """Nearest codes to weights, and the weights they stand for."""
+    table, edges, top = levels
+    zero = load_at(grid[2], group, at)
+    offset = load_at(grid[3], group, at)
+    v = (x - offset) * load_at(grid[1], group, at)
     if table.size:
-        v = np.float32(v + zero)
-        code = np.float32(0.0)
+        v = v + zero
+        code = spread(np.float32(0.0))
+        value = spread(table[0])
         for e in range(edges.size):
-            code += np.float32(1.0) if v >= edges[e] else np.float32(0.0)
-        value = table[np.int64(code)]
+            above = v >= edges[e]
+            code = where(above, np.float32(e + 1), code)
+            value = where(above, table[e + 1], value)
     else:
-        code = np.float32(min(max(np.float32(np.rint(v) + zero), np.float32(0.0)), top))
+        code = clip(nearest(v) + zero, np.float32(0.0), top)
         value = code
-    q = np.float32(np.float32(np.float32(value - zero) * grid[STEP, r, i]) + grid[OFFSET, r, i])
-    return code, q
+    return code, (value - zero) * load_at(grid[0], group, at) + offset
 
 
 @inner
-def _answer(row, square, i, by):
-    """Take by * square[i] off what follows place i."""
-    for j in range(i + 1, row.size):
-        row[j] = np.float32(row[j] - np.float32(square[i, j] * by))
+def _fetch(values, at, tile):
+    for i in range(tile.shape[0]):
+        store(tile, i, load_at(values, i, at))
 
 
-@kernel(LOOP)
-def _feed(w, square, grid, table, edges, codes, errors, top, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
-    for r in range(first, last):
-        row = w[r]
-        for i in range(row.size):
-            code, q = _round(row[i], grid, r, i, table, edges, top)
-            codes[r, i] = np.uint8(code)
-            errors[r, i] = np.float32(np.float32(row[i] - q) / square[i, i])
-            _answer(row, square, i, errors[r, i])
+@inner
+def _answer_near(tile, moves, square, i, stop):
+    """Take what column i moved off the columns behind it, before `stop`."""
+    by = load(moves, i % SUB)
+    for j in range(i + 1, stop):
+        store(tile, j, load(tile, j) - by * square[i, j])
 
 
-@kernel(LOOP)
-def _descend(slope, square, grid, table, edges, codes, q, top, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
-    """q comes in as the weights and goes out as the new ones."""
-    for r in range(first, last):
-        row = slope[r]
-        for i in range(row.size):
-            old = q[r, i]
-            code, new = _round(np.float32(old + np.float32(row[i] / square[i, i])), grid, r, i, table, edges, top)
-            if new != old:
-                codes[r, i] = np.uint8(code)
-                q[r, i] = new
-                _answer(row, square, i, np.float32(new - old))
+@inner
+def _answer_far(tile, moves, square, start):
+    """Take what SUB columns from `start` on moved off all columns behind them."""
+    for j in range(start + SUB, tile.shape[0]):
+        v = load(tile, j)
+        for k in range(SUB):
+            v = v - load(moves, k) * square[start + k, j]
+        store(tile, j, v)
+
+
+@kernel(FEED)
+def _feed(w, square, grid, labels, levels, codes, errors, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
+    n = w.shape[0]
+    tile = np.empty((n, LANES), np.float32)
+    moves = np.empty((SUB, LANES), np.float32)
+    for lanes in range(first, last):
+        at = min(lanes * LANES, w.shape[1] - LANES)
+        _fetch(w, at, tile)
+        for start in range(0, n, SUB):
+            stop = min(start + SUB, n)
+            for i in range(start, stop):
+                v = load(tile, i)
+                code, q = _round(v, grid, labels[i], at, levels)
+                error = (v - q) / square[i, i]
+                store_at(codes, i, at, code)
+                store_at(errors, i, at, error)
+                store(moves, i - start, error)
+                _answer_near(tile, moves, square, i, stop)
+            if stop < n:
+                _answer_far(tile, moves, square, start)
+
+
+@kernel(DESCEND)
+def _descend(slope, old, square, grid, labels, levels, codes, new, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
+    n = slope.shape[0]
+    tile = np.empty((n, LANES), np.float32)
+    moves = np.empty((SUB, LANES), np.float32)
+    for lanes in range(first, last):
+        at = min(lanes * LANES, slope.shape[1] - LANES)
+        _fetch(slope, at, tile)
+        for start in range(0, n, SUB):
+            stop = min(start + SUB, n)
+            stirred = False
+            for i in range(start, stop):
+                before = load_at(old, i, at)
+                code, q = _round(before + load(tile, i) / square[i, i], grid, labels[i], at, levels)
+                moved = q - before
+                apart = where(moved == np.float32(0.0), np.float32(0.0), np.float32(1.0)) > np.float32(0.0)
+                store_at(new, i, at, q)
+                store(moves, i - start, moved)
+                if any_lane(apart):
+                    stirred = True
+                    store_at(codes, i, at, where(apart, code, load_at(codes, i, at)))
+                    _answer_near(tile, moves, square, i, stop)
+            if stirred and stop < n:
+                _answer_far(tile, moves, square, start)
 
 
 def _run(
-    loop: Callable[..., Any], values: Tensor, square: Tensor, grid: Tensor, levels: Any, codes: Tensor, out: Tensor
-) -> None:
-    rows, n = values.shape
-    empty = np.zeros(0, np.float32)
-    table = empty if levels.table is None else levels.table.numpy()
-    edges = empty if levels.edges is None else levels.edges.numpy()
-    arrays = (values.numpy(), square.contiguous().numpy(), grid.numpy(), table, edges, codes.numpy(), out.numpy())
-    threads = max(1, min(torch.get_num_threads(), rows * n // LEAST))
-    bounds = [rows * part // threads for part in range(threads + 1)]
-    if threads == 1:
-        loop(*arrays, np.float32(levels.top), 0, rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(loop, *arrays, np.float32(levels.top), first, last)
-            for first, last in itertools.pairwise(bounds)
+    loop: Callable[..., Any], values: list[Tensor], square: Tensor, grid: Columns, labels: Tensor, out: Any
+) -> Any:
+    """Run a loop over `values` [n, rows] into `out`, codes uint8 (used as they are) and floats of the same shape."""
+    rows = values[0].shape[1]
+    offsets = torch.zeros_like(grid.steps) if grid.offsets is None else grid.offsets
+    arrays = [[*values], [square], [grid.steps, grid.inverse, grid.zeros, offsets], [*out]]
+    if rows < LANES:
+        arrays = [
+            [functional.pad(one, (0, LANES - rows)) if one is not square else one for one in part] for part in arrays
         ]
-        for job in jobs:
-            job.result()
+    given, (corner,), fields, (codes, made) = ([one.contiguous() for one in part] for part in arrays)
+    empty = torch.zeros(0)
+    levels = grid.levels
+    tables = [(empty if one is None else one).numpy() for one in (levels.table, levels.edges)]
+    told = (
+        *(one.numpy() for one in given),
+        corner.numpy(),
+        tuple(one.numpy() for one in fields),
+        labels.numpy(),
+        (*tables, np.float32(levels.top)),
+        codes.numpy(),
+        made.numpy(),
+    )
+    count = -(-rows // LANES)
+    threads = max(1, min(torch.get_num_threads(), values[0].numel() // LEAST))
+    bounds = [count * part // threads for part in range(threads + 1)]
+    if threads == 1:
+        loop(*told, 0, count)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(loop, *told, first, last) for first, last in itertools.pairwise(bounds)]
+            for job in jobs:
+                job.result()
+    return codes[:, :rows], made[:, :rows]
 
 
-def feed(wt: Tensor, square: Tensor, grid: Tensor, levels: Any) -> tuple[Tensor, Tensor]:
+def feed(wt: Tensor, square: Tensor, grid: Columns, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and errors [n, out] of columns wt [n, out] with feedback among them; square: of U. See `descent`.
 
-    grid: float32 [4, out, n] of steps, their inverses, zeros and offsets. levels: of a `Columns`.
+    labels: the group of every column, int64 [n].
     """
-    w = wt.T.contiguous()
-    codes, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
-    _run(_feed, w, square, grid, levels, codes, errors)
-    return codes.T, errors.T
+    found: tuple[Tensor, Tensor] = _run(
+        _feed, [wt], square, grid, labels, (torch.empty_like(wt, dtype=torch.uint8), torch.empty_like(wt))
+    )
+    return found
 
 
 def descend(
-    slope: Tensor, square: Tensor, grid: Tensor, levels: Any, *, codes: Tensor, q: Tensor
+    slope: Tensor, square: Tensor, grid: Columns, labels: Tensor, *, codes: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """New codes and weights [n, out] of columns: each the best while all others stand; square: of H."""
-    rows, new = codes.T.contiguous(), q.T.contiguous()
-    _run(_descend, slope.T.contiguous(), square, grid, levels, rows, new)
-    return rows.T, new.T
+    found: tuple[Tensor, Tensor] = _run(
+        _descend, [slope, q], square, grid, labels, (codes.clone(), torch.empty_like(q))
+    )
+    return found

@@ -198,6 +198,13 @@ def search(w: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 
+def rounded(w: Tensor, grid: Grid) -> Tensor:
+    """What `quantize` without importance makes of finite w [rows, columns]: the weights alone, in w's precision."""
+    scales, zeros = (found[:, :, None] for found in reference(w, grid))
+    steps = codes_of(_grouped(w, grid.size(w.shape[1])), scales, zeros, grid).sub_(zeros)
+    return steps.mul_(scales).view(len(w), -1)[:, : w.shape[1]]
+
+
 @torch.no_grad()
 def quantize(w: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized:
     """Round w float [out, in] to the nearest codes; `reference` scales, or by `search` with importance [in].

@@ -14,7 +14,7 @@ from weightsmith.evals.calibration.stream import Block
 from weightsmith.evals.forward import llama
 from weightsmith.evals.forward.weights import Place
 from weightsmith.quant.algorithms import awq, rtn
-from weightsmith.quant.algorithms.moments import loss_of
+from weightsmith.quant.algorithms.moments import SQUARE, loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 from weightsmith.quant.calibration import Moments
 
@@ -44,6 +44,16 @@ def test_the_loss_is_that_of_running_rows_through_both() -> None:
     q = rtn.quantize(w * scales, GRID).dequantize().double()
     apart = x @ w.double().T - (x / scales) @ q.T
     assert loss_of(w, q / scales, x.T @ x) == pytest.approx(float(apart.square().sum()), rel=1e-6)
+
+
+def test_a_loss_needs_half_of_h_only() -> None:
+    w, _ = problem()
+    x = torch.randn(700, SQUARE + 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    error = torch.randn(30, SQUARE + 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = float((x @ error.T).square().sum())
+    assert loss_of(error, torch.zeros_like(error), x.T @ x) == pytest.approx(expected, rel=1e-9)
+    for grid in (GRID, Grid(3, -1), Grid(4, 24, sym=False)):
+        assert torch.equal(rtn.rounded(w, grid), rtn.quantize(w, grid).dequantize())
 
 
 def test_nothing_moves_where_nothing_is_gained() -> None:

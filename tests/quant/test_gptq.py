@@ -118,6 +118,36 @@ def test_a_sweep_lowers_the_damped_loss_step_by_step() -> None:
     assert losses[-1] < 0.97 * losses[0]
 
 
+@pytest.mark.parametrize("rows", [5, 16, 37])
+@pytest.mark.parametrize("columns", [40, 300])
+def test_sixteen_rows_at_a_time_are_each_what_they_are_alone(rows: int, columns: int) -> None:
+    """Float32, whose loops work in lanes: fewer rows than lanes, and more that do not fill them."""
+    w, h = (found.float() for found in problem(columns, rows))
+    whole = gptq.quantize(w, h, Grid(4, 16))
+    for row in {0, rows // 2, rows - 1}:
+        alone = gptq.quantize(w[row : row + 1], h, Grid(4, 16))
+        assert (alone.codes == whole.codes[row]).float().mean() > 0.98  # products of other shapes may round differently
+    wide = gptq.quantize(w.double(), h.double(), Grid(4, 16))
+    assert (wide.codes == whole.codes).float().mean() > 0.98
+
+
+def test_the_last_sweep_leaves_the_same_codes() -> None:
+    """It only stops keeping up a slope that nobody asks for any more."""
+    found = []
+    for last in (False, True):
+        w, h = (value.float() for value in problem(200, 32))
+        grid = Grid(4, 16)
+        made = gptq.quantize(w, h, grid, Method(sweeps=0))
+        scales, zeros = made.scales.T.contiguous(), made.zeros.T.float().contiguous()
+        columns = Columns(Levels(grid.top), made.g_idx, zeros, scales, torch.ones_like(scales))
+        codes = made.codes.T.contiguous()
+        q = columns.weights(codes, made.g_idx)
+        down = Descent(h, q, h @ (w.T - q), codes, columns)
+        down.sweep(last=last)
+        found.append(down.codes)
+    assert torch.equal(*found)
+
+
 def test_a_tiny_matrix_comes_near_the_best_of_all_codes() -> None:
     """Every assignment of 2-bit codes to four columns, with the scales that were found."""
     w, h = problem(columns=4, rows=6)
