@@ -35,6 +35,7 @@ LAYERS = (
             "weightsmith.family",
             "weightsmith.usage",
             "weightsmith.difference",
+            "weightsmith.links",
             "weightsmith.builds",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),

@@ -57,7 +57,7 @@ def test_take_in_copies_where_linking_is_impossible(tmp_path: Path, monkeypatch:
     def no_link(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(store, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(store, "reflink", lambda source, target: False)
     monkeypatch.setattr(os, "link", no_link)
     (tmp_path / "f").write_bytes(b"weights")
     assert take_in(tmp_path / "f", tmp_path / "g") == "copy"

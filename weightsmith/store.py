@@ -283,7 +283,7 @@ def take_in(source: Path, target: Path, *, own: bool = False) -> str:
         raise UnsafeInputError("not a regular file", path=source, hint="Only plain files are taken in.")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    if not own and _reflink(source, target):
+    if not own and reflink(source, target):
         return "reflink"
     try:
         os.link(source, target)
@@ -293,7 +293,7 @@ def take_in(source: Path, target: Path, *, own: bool = False) -> str:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP):
             raise WeightsmithError(f"cannot link: {error.strerror}", path=target) from error
-    if own and _reflink(source, target):
+    if own and reflink(source, target):
         return "reflink"
     need_space(target, status.st_size)
     with disk_errors(target):
@@ -301,7 +301,8 @@ def take_in(source: Path, target: Path, *, own: bool = False) -> str:
     return "copy"
 
 
-def _reflink(source: Path, target: Path) -> bool:
+def reflink(source: Path, target: Path) -> bool:
+    """Make the new file `target` share the blocks of `source`; False where the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     with disk_errors(target):
