@@ -36,6 +36,7 @@ LAYERS = (
             "weightsmith.usage",
             "weightsmith.difference",
             "weightsmith.links",
+            "weightsmith.index",
             "weightsmith.builds",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),

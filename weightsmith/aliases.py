@@ -21,7 +21,7 @@ from weightsmith.store import Entry
 
 def aliases(catalog: Catalog) -> list[Entry]:
     """Every alias, by name."""
-    return [entry for entry in catalog.entries() if entry.alias_of is not None]
+    return [catalog.get(entry.ref) for entry in catalog.summaries() if entry.alias_of is not None]
 
 
 def point(catalog: Catalog, alias: str, entry: Entry, *, force: bool = False) -> tuple[Entry, bool]:
@@ -73,8 +73,8 @@ def evidence(entry: Entry) -> list[tuple[str, str]]:
 def held_back(catalog: Catalog, alias: Entry) -> list[str]:
     """Why `alias` does not stand for something newer: one sentence for each entry that asked for it and failed."""
     found = []
-    for entry in catalog.entries():
-        if entry.name != alias.name or entry.alias_of is not None or entry.digest == alias.digest:
+    for entry in catalog.entries(alias.name):
+        if entry.alias_of is not None or entry.digest == alias.digest:
             continue
         for verdict in failures(entry):
             if alias.tag in verdict.get("aliases", ()):

@@ -2,6 +2,7 @@
 
     HOME/models/NAME/TAG/     one checkpoint: its files, and weightsmith.json, the record (see store.py)
     HOME/blobs/, index.json   the same as an OCI image layout, written from the records (see oci/)
+    HOME/models/.index        what `list` needs of all records (see index.py); made anew when it is gone
 
 The record lies inside the folder, so one rename makes files and record appear together. `parent` is the digest of what
 an entry was made from and `recipe` how (tool, version, parameters, no paths, no times); following parents leads to the
@@ -25,10 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from weightsmith import inventory, oci, store
+from weightsmith import index, inventory, oci, store
 from weightsmith._version import __version__
 from weightsmith.atomic import disk_errors, make_folder, sync_folder, write_text
 from weightsmith.errors import (
+    IntegrityError,
     NotFoundError,
     OutputExistsError,
     ResourceError,
@@ -36,12 +38,13 @@ from weightsmith.errors import (
     UsageError,
     WeightsmithError,
 )
+from weightsmith.index import Summary
 from weightsmith.progress import progress
 from weightsmith.safename import check_name
 from weightsmith.store import RECORD, Entry, File, digest_of, read_record, record_text
 from weightsmith.suggest import did_you_mean
 
-__all__ = ["Catalog", "Entry", "File", "Removed", "Reservation", "tag_for"]
+__all__ = ["Catalog", "Entry", "File", "Removed", "Reservation", "Summary", "tag_for"]
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +83,33 @@ class Catalog:
         self.home = store.home() if home is None else home
         self.models = self.home / "models"
 
-    def entries(self) -> list[Entry]:
-        """Every entry, by name and tag. A damaged record is warned about and left out."""
-        entries, faults = inventory.read_all(self.models)
+    def entries(self, name: str | None = None) -> list[Entry]:
+        """Every entry (of the model `name`), by name and tag. A damaged record is warned about and left out."""
+        entries, faults = inventory.read_all(self.models, name)
         for error in faults:
             log.warning("%s", error)
         return entries
+
+    def summaries(self) -> list[Summary]:
+        """Every entry in short, as `entries`, from the index where that is as new as the record."""
+        kept, models = index.load(self.models), str(self.models)
+        found: list[tuple[index.Stamp, Summary]] = []
+        fresh = 0
+        for name, tag, status in inventory.records(self.models):
+            stamp = index.stamp_of(status)
+            known = kept.get((name, tag))
+            if known is not None and known[0] == stamp:
+                found.append((stamp, Summary(models, *known[1])))
+                continue
+            fresh += 1
+            try:
+                found.append((stamp, index.summary_of(read_record(self.models / name / tag))))
+            except IntegrityError as error:
+                if (self.models / name / tag / RECORD).is_file():  # else it was removed since we saw it
+                    log.warning("%s", error)
+        if fresh or len(kept) > len(found):
+            index.save(self.models, found)
+        return [summary for _, summary in found]
 
     def get(self, ref: str) -> Entry:
         """The entry `name[:tag]`. Without a tag: the only one, else "original".
@@ -95,7 +119,7 @@ class Catalog:
         name, tag = self.split(ref)
         tags = self.tags(name)
         if not tags:
-            names = {folder.parent.name for folder in inventory.folders(self.models)}
+            names = {name for name, _, _ in inventory.records(self.models)}
             hint = did_you_mean(name, names) or "`weightsmith list` shows what there is."
             raise NotFoundError(f"no model {name!r} in the catalog", hint=hint)
         if tag is None:
@@ -184,10 +208,12 @@ class Catalog:
         Ends early where a parent is not in the catalog any more: the last entry's `parent` then is not None.
         """
         # Of two entries with the same bytes the alias comes first, so that the other one is the one that stays known.
-        by_rank = sorted(self.entries(), key=lambda entry: entry.alias_of is None)
-        chain, known = [self.get(ref)], {entry.digest: entry for entry in by_rank}
-        while (parent := chain[-1].parent) in known and known[parent] not in chain:
-            chain.append(known[parent])
+        by_rank = sorted(self.summaries(), key=lambda entry: entry.alias_of is None)
+        chain, known = [self.get(ref)], {entry.digest: entry.ref for entry in by_rank}
+        seen = {chain[0].ref}
+        while (parent := known.get(chain[-1].parent or "")) is not None and parent not in seen:
+            seen.add(parent)
+            chain.append(self.get(parent))
         return chain
 
     def evaluated(self, ref: str, result: Mapping[str, Any]) -> Entry:
@@ -204,7 +230,7 @@ class Catalog:
         return check_word(name, "name"), check_word(tag, "tag") if mark else None
 
     def _refuse_orphans(self, entry: Entry, *, force: bool) -> None:
-        others = [other for other in self.entries() if other.ref != entry.ref]
+        others = [other for other in self.summaries() if other.ref != entry.ref]
         children = [other.ref for other in others if other.parent == entry.digest]
         twin = any(other.digest == entry.digest for other in others)
         if children and not twin and not force:

@@ -7,36 +7,43 @@ branch of its own: it is noted beside what it stands for, or drawn as a leaf whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+from weightsmith.index import Summary
 from weightsmith.store import Entry
+
+E = TypeVar("E", Entry, Summary)
 
 
 @dataclass(slots=True)
-class Node:
+class Node(Generic[E]):
     """An entry, what was made from it, and the aliases that stand for its bytes."""
 
-    entry: Entry
-    children: list[Node] = field(default_factory=list)
+    entry: E
+    children: list[Node[E]] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
 
 
-def forest(entries: Sequence[Entry]) -> list[Node]:
+def forest(entries: Sequence[E]) -> list[Node[E]]:
     """All entries as trees, roots and children in the order given."""
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, Node[E]] = {}
     real = {(entry.name, entry.digest) for entry in entries if entry.alias_of is None}
     for entry in entries:
         if entry.alias_of is None or (entry.name, entry.digest) not in real:
             nodes[entry.ref] = Node(entry)
-    by_digest: dict[str, Node] = {}
+    by_digest: dict[str, Node[E]] = {}
+    twins: defaultdict[str, list[Node[E]]] = defaultdict(list)
     for node in sorted(nodes.values(), key=lambda node: node.entry.alias_of is not None):
         by_digest.setdefault(node.entry.digest, node)
+    for node in nodes.values():
+        twins[node.entry.digest].append(node)
     for entry in entries:
         if entry.ref not in nodes:
-            twins = [node for node in nodes.values() if node.entry.digest == entry.digest]
-            twins.sort(key=lambda node: (node.entry.name != entry.name, node.entry.tag != entry.alias_of))
-            twins[0].aliases.append(entry.ref)
+            near = [(node.entry.name != entry.name, node.entry.tag != entry.alias_of) for node in twins[entry.digest]]
+            twins[entry.digest][near.index(min(near))].aliases.append(entry.ref)
     roots = []
     for node in nodes.values():
         parent = by_digest.get(node.entry.parent or "")
@@ -47,33 +54,30 @@ def forest(entries: Sequence[Entry]) -> list[Node]:
     return roots
 
 
-def family_of(roots: Sequence[Node], entry: Entry) -> Node | None:
-    """The tree that `entry`, or what it is an alias of, stands in."""
+def family_of(roots: Sequence[Node[E]], ref: str) -> Node[E] | None:
+    """The tree that the entry `ref`, or what it is an alias of, stands in."""
 
-    def holds(node: Node) -> bool:
-        return node.entry.ref == entry.ref or entry.ref in node.aliases or any(holds(child) for child in node.children)
+    def holds(node: Node[E]) -> bool:
+        return node.entry.ref == ref or ref in node.aliases or any(holds(child) for child in node.children)
 
     return next((root for root in roots if holds(root)), None)
 
 
-def tree_lines(roots: Sequence[Node]) -> list[tuple[str, Node]]:
+def tree_lines(roots: Sequence[Node[E]]) -> list[tuple[str, Node[E]]]:
     """One line for each node: the branches that lead to it, and the node."""
-    lines: list[tuple[str, Node]] = []
 
-    def draw(node: Node, lead: str, mark: str, deeper: str) -> None:
-        lines.append((lead + mark, node))
+    def draw(node: Node[E], lead: str, mark: str, deeper: str) -> Iterator[tuple[str, Node[E]]]:
+        yield lead + mark, node
         for position, child in enumerate(node.children):
             last = position == len(node.children) - 1
-            draw(child, lead + deeper, "`- " if last else "|- ", "   " if last else "|  ")
+            yield from draw(child, lead + deeper, "`- " if last else "|- ", "   " if last else "|  ")
 
-    for root in roots:
-        draw(root, "", "", "")
-    return lines
+    return [line for root in roots for line in draw(root, "", "", "")]
 
 
-def dot(roots: Sequence[Node], label: Callable[[Entry], str]) -> str:
+def dot(roots: Sequence[Node[E]], label: Callable[[E], str]) -> str:
     """The trees as a Graphviz graph, read with `dot -Tsvg`."""
-    lines = ["digraph weightsmith {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
+    lines: list[str] = ["digraph weightsmith {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
     for _, node in tree_lines(roots):
         name = json.dumps(node.entry.ref)
         lines.append(f"  {name} [label={json.dumps(label(node.entry))}];")
@@ -83,10 +87,10 @@ def dot(roots: Sequence[Node], label: Callable[[Entry], str]) -> str:
     return "\n".join([*lines, "}"])
 
 
-def _above(node: Node, below: Node, by_digest: dict[str, Node]) -> bool:
+def _above(node: Node[E], below: Node[E], by_digest: dict[str, Node[E]]) -> bool:
     """Whether `node` descends from `below` already: records can be made by hand, and must not send us in circles."""
     seen: set[str] = set()
-    here: Node | None = node
+    here: Node[E] | None = node
     while here is not None and here.entry.ref not in seen:
         if here is below:
             return True

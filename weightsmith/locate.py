@@ -58,7 +58,7 @@ def locate(text: str, catalog: Catalog, *, registry: Path | None = None) -> Loca
 
 def _pulled(text: str, catalog: Catalog) -> Located:
     source = parse(text)
-    for entry in catalog.entries():
+    for entry in catalog.summaries():
         origin = entry.origin
         if source.kind == "hf":
             same = origin.get("repo") == source.target
@@ -68,7 +68,7 @@ def _pulled(text: str, catalog: Catalog) -> Located:
         else:
             same = origin.get("url") == bare_url(source.target)
         if same:
-            return Located(entry.path, entry, "catalog")
+            return Located(entry.path, catalog.get(entry.ref), "catalog")
     shown = bare_url(text) if source.kind == "url" else text
     raise NotFoundError(f"{shown} was not pulled yet", hint=f"Run: weightsmith pull {shown}")
 
@@ -93,6 +93,6 @@ def _unknown(text: str, catalog: Catalog, registry: Path | None) -> NotFoundErro
     if name in known:
         then = f", then make {text} with convert or quantize" if tag not in ("", "original") else ""
         return NotFoundError(f"{name} was not pulled yet", hint=f"Run: weightsmith pull {name}{then}")
-    names = {entry.name for entry in catalog.entries()} | set(known)
+    names = {entry.name for entry in catalog.summaries()} | set(known)
     hint = did_you_mean(name, names) or "`weightsmith list` shows the catalog; pull takes names, paths and URLs."
     return NotFoundError(f"no model, file or registry name {text!r}", hint=hint)

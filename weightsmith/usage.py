@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,42 +49,37 @@ class Garbage:
     age: float
 
 
-def by_entry(catalog: Catalog) -> list[Usage]:
-    """The usage of every entry, in the catalog's order."""
+def by_entry(catalog: Catalog, names: Collection[str] = ()) -> tuple[list[Usage], dict[str, int]]:
+    """The usage of every entry in the catalog's order, and the bytes that removing all tags of a model frees, by name.
+
+    names: only these models (`name`) and entries (`name:tag`); a model is counted with all its tags.
+    """
     entries = catalog.entries()
     blobs = oci.holders(catalog.home, entries)
-    found = []
-    for entry in entries:
-        going = _going(blobs, {entry.ref})
-        own = {oci.blob_path(catalog.home, file.sha256) for file in entry.files}
-        nbytes = on_disk([entry.folder])
-        freed = store.freed_bytes([*(path for path, _ in _files(entry.folder)), *going])
-        beside = store.freed_bytes(path for path in going if path not in own)  # its manifest, and statements about it
-        found.append(Usage(entry, nbytes, nbytes - (freed - beside), freed))
-    return found
+    held: defaultdict[str, list[Path]] = defaultdict(list)
+    for path, holders in blobs.items():
+        for ref in holders:
+            held[ref].append(path)
 
+    def going(refs: set[str]) -> list[Path]:
+        """The blobs that go when the entries `refs` go."""
+        return [path for path in {path for ref in refs for path in held[ref]} if blobs[path] <= refs]
 
-def freed_by_model(catalog: Catalog) -> dict[str, int]:
-    """Bytes that removing all tags of a model frees, by name."""
-    entries = catalog.entries()
-    blobs = oci.holders(catalog.home, entries)
-    models: defaultdict[str, list[Entry]] = defaultdict(list)
+    found, models = [], defaultdict[str, list[Entry]](list)
     for entry in entries:
         models[entry.name].append(entry)
-    return {
-        name: store.freed_bytes(
-            [
-                *(path for entry in tags for path, _ in _files(entry.folder)),
-                *_going(blobs, {entry.ref for entry in tags}),
-            ]
-        )
-        for name, tags in models.items()
-    }
-
-
-def _going(blobs: dict[Path, set[str]], refs: set[str]) -> list[Path]:
-    """The blobs that go when the entries `refs` go."""
-    return [path for path, holders in blobs.items() if holders <= refs]
+        if names and entry.name not in names and entry.ref not in names:
+            continue
+        own = {oci.blob_path(catalog.home, file.sha256) for file in entry.files}
+        nbytes, gone = on_disk([entry.folder]), going({entry.ref})
+        freed = store.freed_bytes([*(path for path, _ in _files(entry.folder)), *gone])
+        beside = store.freed_bytes(path for path in gone if path not in own)  # its manifest, and statements about it
+        found.append(Usage(entry, nbytes, nbytes - (freed - beside), freed))
+    freed_by_model = {}
+    for name in dict.fromkeys(usage.entry.name for usage in found):
+        inside = [path for entry in models[name] for path, _ in _files(entry.folder)]
+        freed_by_model[name] = store.freed_bytes([*inside, *going({entry.ref for entry in models[name]})])
+    return found, freed_by_model
 
 
 def on_disk(folders: Iterable[Path]) -> int:
@@ -188,13 +182,19 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Regular files below `folder`, never through a link."""
-    for path in () if folder.is_symlink() else _inside(folder):
+    try:
+        with os.scandir(folder) as found:
+            inside = [] if folder.is_symlink() else list(found)
+    except OSError:
+        return  # no folder, or one that went meanwhile
+    for one in inside:
         try:
-            status = path.lstat()
+            if one.is_dir(follow_symlinks=False):
+                yield from _files(Path(one.path))
+            elif one.is_file(follow_symlinks=False):
+                yield Path(one.path), one.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue  # somebody finished meanwhile
-        if stat.S_ISREG(status.st_mode):
-            yield path, status
 
 
 def _children(folder: Path) -> list[Path]:

@@ -120,7 +120,7 @@ def test_what_rm_frees_counts_statements(catalog: Catalog) -> None:
     def measured() -> int:
         return usage.on_disk([catalog.home]) - index.stat().st_size
 
-    (told,) = usage.by_entry(catalog)
+    ((told,), _) = usage.by_entry(catalog)
     assert told.shared == 0
     assert usage.freed_by_model(catalog) == {"m": told.freed}
     before = measured()

@@ -66,7 +66,7 @@ def command(
     from weightsmith.catalog import Catalog
 
     catalog = Catalog()
-    known = [entry.name for entry in catalog.entries() if entry.tag == plan.ORIGINAL]
+    known = [entry.name for entry in catalog.summaries() if entry.tag == plan.ORIGINAL]
     jobs = plan.chosen(plan.read(registry, home=catalog.home, known=known), names)
     settings = Settings(catalog.home, threads, max_memory, device, offline, any_version)
     if dry_run:

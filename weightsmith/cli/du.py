@@ -21,11 +21,7 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
     from weightsmith.catalog import Catalog
 
     catalog = Catalog()
-    found = [
-        item for item in usage.by_entry(catalog) if not names or item.entry.name in names or item.entry.ref in names
-    ]
-    models = usage.freed_by_model(catalog)
-    models = {name: models[name] for name in dict.fromkeys(item.entry.name for item in found)}
+    found, models = usage.by_entry(catalog, names)
     total = usage.on_disk(item.entry.folder for item in found)
     others = {
         what: usage.on_disk([catalog.home / folder])

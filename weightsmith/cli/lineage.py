@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from weightsmith.cli.options import common, source_argument
 from weightsmith.cli.output import emit, size_text
 from weightsmith.family import Node, dot, family_of, forest, tree_lines
 from weightsmith.store import Entry
+
+if TYPE_CHECKING:
+    from weightsmith.catalog import Catalog
 
 
 @click.command("lineage")
@@ -26,8 +29,7 @@ def command(source: str, as_dot: bool, as_json: bool) -> None:
     entry = locate(source, catalog).entry
     if entry is None:
         raise UsageError(f"{source!r} is not in the catalog, so nothing is known of it", hint="`show` reads the file.")
-    root = family_of(forest(catalog.entries()), entry)
-    assert root is not None  # every entry stands in a tree
+    root = _family(catalog, entry)
     chain = catalog.lineage(entry.ref)
     if as_dot:
         emit({"dot": dot([root], _label)}, dot([root], _label), as_json=as_json)
@@ -39,7 +41,17 @@ def command(source: str, as_dot: bool, as_json: bool) -> None:
     emit(result, "\n".join(lines), as_json=as_json)
 
 
-def _line(node: Node, entry: Entry) -> str:
+def _family(catalog: Catalog, entry: Entry) -> Node[Entry]:
+    """The tree that `entry` stands in; only that tree's records are read in full."""
+    short = family_of(forest(catalog.summaries()), entry.ref)
+    refs = [ref for _, node in tree_lines([short] if short else []) for ref in (node.entry.ref, *node.aliases)]
+    members = [entry if ref == entry.ref else catalog.get(ref) for ref in refs or [entry.ref]]
+    whole = family_of(forest(members), entry.ref)
+    assert whole is not None  # every entry stands in a tree
+    return whole
+
+
+def _line(node: Node[Entry], entry: Entry) -> str:
     mark = "  <- this" if entry.ref == node.entry.ref or entry.ref in node.aliases else ""
     alias = f" = {', '.join(node.aliases)}" if node.aliases else ""
     return f"{node.entry.ref}{alias}  {_how(node.entry)}  {node.entry.digest[:12]}{mark}"
@@ -58,7 +70,7 @@ def _label(entry: Entry) -> str:
     return f"{entry.ref}\n{_how(entry)}\n{entry.digest[:12]}"
 
 
-def _plain(node: Node) -> dict[str, Any]:
+def _plain(node: Node[Entry]) -> dict[str, Any]:
     entry = node.entry
     found = {"ref": entry.ref, "digest": entry.digest, "parent": entry.parent, "recipe": entry.recipe}
     return {**found, "aliases": node.aliases, "made": [_plain(child) for child in node.children]}

@@ -11,7 +11,7 @@ from weightsmith.cli.options import Size, common
 from weightsmith.cli.output import emit, size_text, table
 
 if TYPE_CHECKING:
-    from weightsmith.store import Entry
+    from weightsmith.index import Summary
 
 _ORDERS: dict[str, Any] = {
     "name": lambda entry: (entry.name, entry.tag),
@@ -45,7 +45,7 @@ def command(
     """List the catalog, or what matches the PATTERNS (llama*, *:q4*)."""
     from weightsmith.catalog import Catalog
 
-    def wanted(entry: Entry) -> bool:
+    def wanted(entry: Summary) -> bool:
         named = not patterns or any(fnmatchcase(entry.ref, p) or fnmatchcase(entry.name, p) for p in patterns)
         pairs = ((container, entry.container), (kind, entry.type), (licence, entry.licence or ""))
         same = all(given is None or given.casefold() == found.casefold() for given, found in pairs)
@@ -53,33 +53,36 @@ def command(
             named and same and (larger or 0) < entry.nbytes + (not larger) and entry.nbytes <= (smaller or entry.nbytes)
         )
 
-    everything = Catalog().entries()
+    everything = Catalog().summaries()
     entries = sorted(filter(wanted, everything), key=_ORDERS[order])
-    result = [
-        {
-            "ref": entry.ref,
-            "container": entry.container,
-            "type": entry.type,
-            "bytes": entry.nbytes,
-            "parent": entry.parent_ref,
-            "digest": entry.digest,
-            "licence": entry.licence,
-            "alias_of": entry.alias_of,
-            "created": entry.created,
-            "path": str(entry.path),
-        }
-        for entry in entries
-    ]
+    if as_json:
+        emit({"models": [_plain(entry) for entry in entries]}, "", as_json=True)
+        return
     if not everything:
         text = "The catalog is empty. Try: weightsmith pull smollm2-135m"
     elif not entries:
         text = "Nothing in the catalog matches."
     else:
         text = _tree(entries) if tree else _table([(entry.ref, entry) for entry in entries])
-    emit({"models": result}, text, as_json=as_json)
+    emit({}, text, as_json=False)
 
 
-def _tree(entries: list[Entry]) -> str:
+def _plain(entry: Summary) -> dict[str, Any]:
+    return {
+        "ref": entry.ref,
+        "container": entry.container,
+        "type": entry.type,
+        "bytes": entry.nbytes,
+        "parent": entry.parent_ref,
+        "digest": entry.digest,
+        "licence": entry.licence,
+        "alias_of": entry.alias_of,
+        "created": entry.created,
+        "path": str(entry.path),
+    }
+
+
+def _tree(entries: list[Summary]) -> str:
     from weightsmith.family import forest, tree_lines
 
     rows = []
@@ -89,7 +92,7 @@ def _tree(entries: list[Entry]) -> str:
     return _table(rows)
 
 
-def _table(rows: list[tuple[str, Entry]]) -> str:
+def _table(rows: list[tuple[str, Summary]]) -> str:
     cells = [
         (
             shown,

@@ -59,7 +59,7 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
     from weightsmith.sources.registry import load
 
     catalog = Catalog()
-    names = [entry.ref for entry in catalog.entries()] + list(load(home=catalog.home).entries)
+    names = [entry.ref for entry in catalog.summaries()] + list(load(home=catalog.home).entries)
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
 

@@ -15,19 +15,19 @@ def emit(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], text: str, *, 
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Aligned columns; numbers to the right."""
-    from tabulate import tabulate
+    """Aligned columns under a dashed line; numbers to the right. Ten thousand rows are a catalog's and cost little."""
+    columns = [["" if row[i] is None else str(row[i]) for row in rows] for i in range(len(headers))]
+    shown = []
+    for title, cells in zip(headers, columns, strict=True):
+        width = max(len(title) + 2, *map(len, cells), 0)
+        rule = ">" if _numeric(cells) else "<"
+        shown.append([f"{cell:{rule}{width}}" for cell in (title, *cells)])
+        shown[-1].insert(1, "-" * width)
+    return "\n".join("  ".join(line).rstrip() for line in zip(*shown, strict=True))
 
-    shape: dict[str, Any] = {"tablefmt": "simple", "disable_numparse": True, "colalign": _align(rows, headers)}
-    return str(tabulate(rows, headers=headers, preserve_whitespace=True, **shape))
 
-
-def _align(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> list[str]:
-    def numeric(column: int) -> bool:
-        cells = [str(row[column]) for row in rows]
-        return bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-+" for cell in cells if cell)
-
-    return ["right" if numeric(i) else "left" for i in range(len(headers))] if rows else []
+def _numeric(cells: Sequence[str]) -> bool:
+    return any(cells) and all(cell[:1].isdigit() or cell[:1] in "-+" for cell in cells if cell)
 
 
 def fields(pairs: Mapping[str, object]) -> str:
