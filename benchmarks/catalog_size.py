@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import machine, median, repeat, run_checked
-from weightsmith import formats, index, store
+from weightsmith import formats, index, oci, store
 
 _TYPES = ("q4_k_m", "q8_0", "q6_k", "q5_k_m", "q3_k_m", "q2_k", "iq4_xs")
 
@@ -31,6 +32,8 @@ def fill(home: Path, entries: int, tags: int, gguf: bytes) -> None:
         _keep(original, gguf)
         for position in range(tags - 1):
             _keep(_derived(original, _TYPES[position % len(_TYPES)], position, gguf), gguf)
+    with store.locked(home / "models" / ".lock"):
+        oci.sync(home)
 
 
 def _original(home: Path, name: str, gguf: bytes) -> store.Entry:
@@ -84,6 +87,7 @@ def _keep(entry: store.Entry, gguf: bytes) -> None:
     entry.folder.mkdir(parents=True)
     for file in entry.files:
         (entry.folder / file.path).write_bytes(gguf if file.path.endswith(".gguf") else b"")
+        os.truncate(entry.folder / file.path, file.size)
     (entry.folder / store.RECORD).write_text(store.record_text(entry))
 
 
