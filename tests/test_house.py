@@ -37,6 +37,7 @@ LAYERS = (
             "weightsmith.difference",
             "weightsmith.links",
             "weightsmith.index",
+            "weightsmith.integrity",
             "weightsmith.builds",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),

@@ -22,7 +22,7 @@ import click
 from weightsmith._version import __version__
 from weightsmith.errors import InterruptedRunError, QualityGateError, ResourceError, WeightsmithError
 
-_NOT_VERBS = {"app", "options", "output", "produce", "verified"}
+_NOT_VERBS = {"app", "integrity", "options", "output", "produce", "verified"}
 
 EPILOG = """Exit codes: 0 ok, 1 failure, 2 usage, 3 integrity, 4 unsafe input refused, 5 quality gate failed,
 6 not enough disk or memory, 7 not found or no access, 130 interrupted."""

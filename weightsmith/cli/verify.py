@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weightsmith.cli.integrity import check_integrity, integrity_options
 from weightsmith.cli.options import (
     common,
     evaluation_options,
@@ -32,13 +33,14 @@ Gates = dict[str, float | None]
 
 
 @click.command("verify")
-@source_argument("candidates", many=True)
+@source_argument("candidates", many=True, required=False)
 @click.option("--against", metavar="ORIGINAL", help="The original; by default what a catalog entry was made from.")
 @click.option("--max-ppl-ratio", type=click.FloatRange(min=0, min_open=True), help="Fail above this perplexity ratio.")
 @click.option("--max-kld", type=click.FloatRange(min=0), help="Fail above this mean KL divergence (nats).")
 @click.option("--drift", is_flag=True, help="Show every layer's drift, and measure what each adds by itself.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report to this file.")
 @click.option("--force", is_flag=True, help="Replace an existing report.")
+@integrity_options
 @evaluation_options
 @pickle_option
 @common
@@ -50,6 +52,10 @@ def command(
     drift: bool,
     report: Path | None,
     force: bool,
+    integrity: bool,
+    repair: bool,
+    given: tuple[Path, ...],
+    offline: bool,
     text: Path | None,
     ctx: int | None,
     convention: str,
@@ -66,7 +72,15 @@ def command(
     shows against itself when its hidden states are rounded to bfloat16; less than that is no difference.
 
     Exits 5 when a gate given with --max-ppl-ratio or --max-kld is not met.
+
+    With --integrity nothing is measured: the files of the entries are hashed and held against their records (exit 3).
     """
+    if integrity:
+        check_integrity(candidates, repair=repair, given=given, offline=offline, as_json=as_json)
+        return
+    if not candidates or repair or given or offline:
+        hint = "--repair, --from and --offline go with --integrity." if candidates else "See weightsmith verify --help."
+        raise UsageError("no CANDIDATE to measure" if not candidates else "nothing is repaired here", hint=hint)
     from weightsmith import formats
     from weightsmith.atomic import refuse_existing
     from weightsmith.catalog import Catalog
