@@ -38,6 +38,7 @@ LAYERS = (
             "weightsmith.links",
             "weightsmith.index",
             "weightsmith.integrity",
+            "weightsmith.bundle",
             "weightsmith.builds",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),

@@ -285,6 +285,27 @@ class Reservation:
         alias = dataclasses.replace(entry, name=self.name, tag=self.tag, folder=folder, alias_of=entry.tag)
         return self._place(alias, overwrite=True)
 
+    def examine(self, entry: Entry, *, allow_pickle: bool = False) -> None:
+        """Open what lies in `folder` and hold it against the record `entry` of another machine.
+
+        Raises IntegrityError if it is another container or has other files, and what opening it raises.
+        """
+        sizes = {
+            file.path: file.size for file in _hashed(self.folder, {file.path: file.sha256 for file in entry.files})
+        }
+        container, _ = _opened(self.folder, entry.files, allow_pickle=allow_pickle)
+        if container != entry.container or sizes != {file.path: file.size for file in entry.files}:
+            raise IntegrityError(f"{entry.ref} is not the {entry.container} that its record says", path=self.folder)
+
+    def restore(self, entry: Entry, *, overwrite: bool = False) -> Entry:
+        """Keep what lies in `folder`, verified by the caller, under the record `entry` that another machine made.
+
+        Raises OutputExistsError as `commit`.
+        """
+        folder = self.catalog.models / self.name / self.tag
+        mine = dataclasses.replace(entry, name=self.name, tag=self.tag, folder=folder)
+        return self._place(mine, overwrite=overwrite)
+
     def _place(self, entry: Entry, *, overwrite: bool) -> Entry:
         write_text(self.folder / RECORD, record_text(entry))
         home, target, scratch = self.catalog.home, entry.folder, self._staging.base / "link"

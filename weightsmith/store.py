@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 RECORD = "weightsmith.json"
 HEX = re.compile(r"[0-9a-f]{64}")  # a SHA-256, before it becomes part of a path
 MAX_RECORD = 32 << 20
+_REMAKE = "Remove the folder and pull or make it again."
 CHUNK = 1 << 20
 _FICLONE = 0x40049409  # linux/fs.h, _IOW(0x94, 9, int)
 
@@ -122,10 +123,19 @@ def record_text(entry: Entry) -> str:
 def read_record(folder: Path) -> Entry:
     """The entry whose files and record lie in `folder` = models/NAME/TAG. Raises IntegrityError naming the record."""
     path = folder / RECORD
-    hint = "Remove the folder and pull or make it again."
     try:
         with open(path, "rb") as file:
-            raw = json.loads(file.read(MAX_RECORD))
+            data = file.read(MAX_RECORD)
+    except OSError as error:
+        raise IntegrityError("the record is damaged", path=path, hint=_REMAKE) from error
+    return parse_record(data, folder, path)
+
+
+def parse_record(data: bytes, folder: Path, path: Path) -> Entry:
+    """The entry that a record says, to lie in `folder`; raises IntegrityError naming `path`, where it was read."""
+    hint = _REMAKE
+    try:
+        raw = json.loads(data)
         if raw.pop("format") != 1:
             raise IntegrityError("the record is of a newer version", path=path, hint="Update weightsmith.")
         files = tuple(File(str(check_name(f["path"])), f["size"], f["sha256"]) for f in raw.pop("files"))
@@ -134,7 +144,7 @@ def read_record(folder: Path) -> Entry:
         sound = entry.digest == digest_of(files) and (entry.name, entry.tag) == (folder.parent.name, folder.name)
         sound = sound and isinstance(entry.origin, dict)
         sound = sound and all(isinstance(f.size, int) and HEX.fullmatch(f.sha256) for f in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UnsafeInputError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UnsafeInputError) as error:
         raise IntegrityError("the record is damaged", path=path, hint=hint) from error
     if not sound:
         raise IntegrityError("the record contradicts itself or its place", path=path, hint=hint)
