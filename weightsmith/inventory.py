@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from weightsmith.errors import IntegrityError
@@ -18,21 +20,33 @@ WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _STAGES = (".old", ".gone")  # `.TAG.old` waits for its replacement, `.TAG.gone` for removal
 
 
-def folders(models: Path, name: str | None = None) -> list[Path]:
-    """Folders below `models` (of model `name`, or all) that hold a record, sorted; never through a symbolic link."""
-    found = []
-    for folder in [models / name] if name is not None else _inside(models):
-        if WORD.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            found += [tag for tag in _inside(folder) if WORD.fullmatch(tag.name) and not tag.is_symlink()]
-    return [tag for tag in found if (tag / RECORD).is_file()]
+def records(models: Path, name: str | None = None) -> Iterator[tuple[str, str, os.stat_result]]:
+    """Name, tag and status of every record below `models` (of `name`), sorted; nothing is found through a link."""
+    if name is not None and (models / name).is_symlink():
+        return
+    for model in [name] if name is not None else _words(models):
+        folder = models / model
+        for tag in _words(folder):
+            try:
+                status = os.lstat(f"{folder}/{tag}/{RECORD}")
+            except OSError:
+                continue  # no entry, or one that went meanwhile
+            if stat.S_ISREG(status.st_mode):
+                yield model, tag, status
 
 
-def _inside(folder: Path) -> list[Path]:
-    """What lies in `folder`, sorted; nothing if that is gone."""
+def _words(folder: Path) -> list[str]:
+    """Folders in `folder` that can be names, sorted; none if that is gone."""
     try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
+        with os.scandir(folder) as found:
+            return sorted(one.name for one in found if WORD.fullmatch(one.name) and one.is_dir(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def folders(models: Path, name: str | None = None) -> list[Path]:
+    """Folders below `models` (of model `name`, or all) that hold a record, sorted."""
+    return [models / model / tag for model, tag, _ in records(models, name)]
 
 
 def read_all(models: Path, name: str | None = None) -> tuple[list[Entry], list[IntegrityError]]:

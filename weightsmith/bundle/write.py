@@ -14,7 +14,7 @@ from weightsmith.atomic import AtomicFile
 from weightsmith.bundle import tar
 from weightsmith.catalog import Catalog
 from weightsmith.errors import IntegrityError
-from weightsmith.oci.layout import LAYOUT, REF_NAME
+from weightsmith.oci.index import LAYOUT, REF_NAME
 from weightsmith.oci.manifest import ARTIFACT, INDEX, MANIFEST, config_of, described, to_json
 from weightsmith.oci.referrers import CREATED, EMPTY, EMPTY_TYPE
 from weightsmith.progress import Ticker, progress
@@ -43,7 +43,7 @@ def export(catalog: Catalog, entries: Iterable[Entry], path: Path, *, overwrite:
     chosen = sorted({entry.ref: entry for entry in entries}.values(), key=lambda entry: entry.ref)
     index, documents = _documents(catalog, chosen)
     files = {file.sha256: (entry.folder / file.path, file.size) for entry in chosen for file in entry.files}
-    heads = {"oci-layout": LAYOUT.encode(), "index.json": index}
+    heads = {"oci-layout": LAYOUT, "index.json": index}
     sizes = {name: len(data) for name, data in heads.items()}
     sizes |= {
         f"{BLOBS}{name}": len(documents[name]) if name in documents else files[name][1]
