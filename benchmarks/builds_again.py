@@ -2,8 +2,8 @@
 
     python -m benchmarks.builds_again [--times 5] [--size 0.15B]
 
-Random checkpoints, taken in from folders; Q8_0 and Q4_0 of each, held against a gate of size and licence. The first build
-makes them all and is not measured. By default the models are tiny: what is there is looked at, not read.
+Random checkpoints, taken in from folders; Q8_0 and Q4_0 of each, held against a gate of size and licence. The first
+build makes them all and is not measured. By default the models are tiny: what is there is looked at, not read.
 """
 
 from __future__ import annotations
