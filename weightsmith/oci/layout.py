@@ -63,7 +63,8 @@ def sync(home: Path) -> None:
         if model.is_dir() and not model.is_symlink():
             inventory.recover(model)
     blobs.prepare(home)
-    made, refused = index.Index(), []
+    made = index.Index()
+    refused: list[str] = []
     for entry in inventory.read_all(models)[0]:
         _list(home, entry, made, refused)
     if refused:
