@@ -3,5 +3,6 @@
 if not __name__.startswith("weightsmith."):
     raise ImportError("import weightsmith.quant")
 
-# Raised whenever a change makes any codec or calibrated method give other bytes for the same input; it is noted in every file that is made.
+# Raised whenever a change makes a codec or a calibrated method give other bytes for the same input; it is noted in
+# every file that is made.
 ARITHMETIC_VERSION = 3
