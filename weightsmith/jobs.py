@@ -41,7 +41,7 @@ def plan(source: Path, target: Target, options: Options) -> Report:
             tensors = calibrated.packed_plan(reader, target.container, int(target.type or "4"), calibration)
             return Report(source, str(target), tensors, [], weights=sum(i.n_weights for i in reader.infos().values()))
         planned = _planned(reader, target, options)
-        return Report(source, str(target), planned.tensors, planned.fallbacks)
+        return Report(source, str(target), planned.tensors, planned.fallbacks, stored=planned.stored)
     finally:
         reader.close()
 
@@ -232,4 +232,4 @@ def _keeping(planned: Plan, reader: Reader, codec: str) -> Plan:
         elif BLOCKS[got].weights > 1:
             got = sources[info.name].codec
         kept.append(replace(info, codec=got, nbytes=info.n_rows * row_nbytes(got, info.row_len)))
-    return replace(planned, tensors=kept, fallbacks=[])
+    return replace(planned, tensors=kept, fallbacks=[], stored=None)

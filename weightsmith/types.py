@@ -153,12 +153,14 @@ class Plan:
     """Canonical tensors with their target codecs, in the order of writing.
 
     fallbacks: (tensor, wanted codec, got codec) where a row is no multiple of the wanted codec's block. file_type: the
-    container's number of the type that was asked for, where codecs do not tell (Q4_K_S and Q4_K_M share most).
+    container's number of the type that was asked for, where codecs do not tell (Q4_K_S and Q4_K_M share most). stored:
+    bytes of tensor data, where they are not those of `tensors`.
     """
 
     tensors: list[TensorInfo]
     fallbacks: list[tuple[str, str, str]] = field(default_factory=list)
     file_type: int | None = None
+    stored: int | None = None
 
 
 @dataclass(slots=True)

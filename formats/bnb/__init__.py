@@ -19,7 +19,7 @@ from pathlib import Path
 from weightsmith.errors import UnsupportedError, UsageError
 from weightsmith.formats.bnb.linears import Bitsandbytes
 from weightsmith.formats.bnb.settings import DOUBLED, TYPES, check
-from weightsmith.formats.bnb.writer import BnbWriter, create
+from weightsmith.formats.bnb.writer import BnbWriter, create, parts_of
 from weightsmith.formats.packed.parts import FLOATS
 from weightsmith.formats.packed.reader import PackedReader
 from weightsmith.formats.packed.settings import method_of
@@ -64,7 +64,8 @@ def plan(reader: Reader, recipe: Recipe) -> Plan:
         if got != wanted:
             fallbacks.append((info.name, wanted, got))
         tensors.append(TensorInfo(info.name, info.shape, got, info.n_rows * row_nbytes(got, info.row_len)))
-    return Plan(tensors, fallbacks, TYPES.index(kind))
+    stored, _ = parts_of(tensors, dtype, double=kind.endswith(DOUBLED))
+    return Plan(tensors, fallbacks, TYPES.index(kind), sum(info.nbytes for info in stored))
 
 
 def _is_linear(info: TensorInfo) -> bool:

@@ -74,15 +74,7 @@ def create(  # noqa: PLR0913  (every choice of a checkpoint, all by keyword)
         kind.lower(), doubled=double, dtype=dtype, skipped=skipped or [HEAD.removesuffix(".weight")]
     )
     extras[CONFIG_NAME] = (json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    stored, shapes, linears = [], {}, {}
-    for info in order:
-        if info.codec in FLOATS:
-            stored.append(info)
-            continue
-        linear = states.of_plan(info.codec, (info.shape[0], info.shape[1]), dtype, double=double)
-        linears[info.name] = linear
-        shapes[info.name] = (info.n_weights // 2, 1)
-        stored += _parts(info.name, linear)
+    stored, linears = parts_of(order, dtype, double=double)
     files = SafetensorsWriter(
         path,
         stored,
@@ -90,9 +82,26 @@ def create(  # noqa: PLR0913  (every choice of a checkpoint, all by keyword)
         overwrite=overwrite,
         split_bytes=split_bytes or SPLIT_BYTES,
         notes={NOTES + name: value for name, value in (notes or {}).items()},
-        shapes=shapes,
+        shapes={info.name: (info.n_weights // 2, 1) for info in order if info.name in linears},
     )
     return BnbWriter(path, order, files, {info.name: info for info in stored}, linears)
+
+
+def parts_of(
+    order: Iterable[TensorInfo], dtype: str, *, double: bool
+) -> tuple[list[TensorInfo], dict[str, states.State]]:
+    """What is stored for planned tensors, and the 4-bit linears among them. dtype: codec of the rest; double: of absmax
+    too."""
+    stored: list[TensorInfo] = []
+    linears: dict[str, states.State] = {}
+    for info in order:
+        if info.codec in FLOATS:
+            stored.append(info)
+            continue
+        linear = states.of_plan(info.codec, (info.shape[0], info.shape[1]), dtype, double=double)
+        linears[info.name] = linear
+        stored += _parts(info.name, linear)
+    return stored, linears
 
 
 def _is_skipped(info: TensorInfo) -> bool:

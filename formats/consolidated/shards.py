@@ -20,10 +20,12 @@ import numpy as np
 
 from weightsmith.errors import IntegrityError, WeightsmithError
 from weightsmith.formats.consolidated import names
+from weightsmith.formats.packed.parts import Linear, Source
 from weightsmith.formats.pickles import read_tensors
 from weightsmith.formats.safetensors.header import read_header
 from weightsmith.formats.safetensors.index import Weights, merge
 from weightsmith.formats.safetensors.strictjson import open_regular
+from weightsmith.quant import codecs
 from weightsmith.types import Packed, TensorInfo
 
 _SLAB = 8 << 20  # bytes compared at a time
@@ -32,7 +34,8 @@ _SLAB = 8 << 20  # bytes compared at a time
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A whole tensor. parts: one of every rank, in order; axis: 0 for rows, 1 for columns. twins: copies of the parts,
-    which must hold the same bytes. transposed: the only part is stored (in, out), so a row is a column of it.
+    which must hold the same bytes. transposed: the only part is stored (in, out), so a row is a column of it. packed:
+    the only part and `scale` together stand for the weights, which are computed from them.
     """
 
     info: TensorInfo
@@ -40,6 +43,8 @@ class Joined:
     axis: int = 0
     twins: tuple[TensorInfo, ...] = ()
     transposed: bool = False
+    packed: Linear | None = None
+    scale: TensorInfo | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +60,8 @@ class Shards:
         """Rows [start, stop): uint8 [stop - start, row_bytes], fresh; IntegrityError if a file became shorter."""
         if joined.transposed:
             return self._columns(joined.parts[0], start, stop)
+        if joined.packed is not None:
+            return self._computed(joined, joined.packed, start, stop)
         if joined.axis == 1:
             return np.concatenate([self._part(part, start, stop) for part in joined.parts], axis=1)
         rows = np.empty((stop - start, joined.info.row_bytes), np.uint8)
@@ -72,6 +79,15 @@ class Shards:
                     )
             reached += part.n_rows
         return rows
+
+    def _computed(self, joined: Joined, packed: Linear, start: int, stop: int) -> Packed:
+        stored = (joined.parts[0], joined.scale)
+        parts = {part.name.rpartition(".")[2]: part for part in stored if part is not None}
+        try:
+            return codecs.encode(packed.codec, packed.rows(Source(parts, self._run), start, stop))
+        except WeightsmithError as error:
+            error.path, error.tensor = error.path or joined.info.path, error.tensor or joined.info.name
+            raise
 
     def equal(self, one: Joined, other: Joined) -> bool:
         """Whether two tensors hold the same values; stops at the first slab that differs."""
@@ -101,10 +117,20 @@ class Shards:
         self._fill(rows, info, start)
         return rows
 
+    def _run(self, info: TensorInfo, begin: int, count: int) -> Packed:
+        """Bytes [begin, begin + count) of one part."""
+        found = np.empty(count, np.uint8)
+        self._read(found, info, begin)
+        return found
+
     def _fill(self, rows: Packed, info: TensorInfo, start: int) -> None:
         """Read rows of one part, from `start` on, into contiguous `rows`."""
+        self._read(rows.reshape(-1), info, start * info.row_bytes)
+
+    def _read(self, into: Packed, info: TensorInfo, begin: int) -> None:
+        """Read bytes of one part, from `begin` on, into all of `into`."""
         assert info.path is not None
-        view, at = rows.reshape(-1).data, info.offset + start * info.row_bytes
+        view, at = into.data, info.offset + begin
         while view:
             try:
                 done = os.preadv(self.handles[info.path], [view], at)

@@ -20,6 +20,7 @@ from weightsmith.errors import UnsupportedError
 from weightsmith.formats.consolidated import names
 from weightsmith.formats.consolidated.params import heads
 from weightsmith.formats.consolidated.shards import Joined, Shards
+from weightsmith.formats.mistral.eights import refuse_other, scaled
 from weightsmith.formats.mistral.experts import experts, plain, unstack
 from weightsmith.formats.safetensors.keys import MAX_LAYERS, Keys
 from weightsmith.types import ModelConfig
@@ -33,7 +34,6 @@ _REFUSED = {
     "multimodal": "an image or audio encoder",
     "yarn": "YaRN scaling of the rotary embedding",
     "llama_4_scaling": "attention scaled by position",
-    "quantization": "weights of 8 bits",
     "lora": "an adapter",
     "q_lora_rank": "latent attention",
     "kv_lora_rank": "latent attention",
@@ -49,6 +49,7 @@ def refuse_unknown(params: Keys) -> None:
                 path=params.path,
                 hint="Try the Hugging Face form of the model.",
             )
+    refuse_other(params)
     kind = params.raw.get("model_type") or "transformer"
     if kind != "transformer":
         raise UnsupportedError(f"model_type {str(kind)[:40]!r} is not known, only transformer", path=params.path)
@@ -65,7 +66,7 @@ def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, 
     refuse_unknown(params)
     params = plain(params)
     n_experts, n_experts_used = experts(params)
-    tensors = shards.tensors
+    tensors = scaled(shards.tensors)
     vocab_size, (n_heads, n_kv_heads) = params.count("vocab_size"), heads(params)
     head_dim = params.count("head_dim")
     if head_dim % 2:
@@ -88,7 +89,7 @@ def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, 
         rope_theta=params.number("rope_theta", 10000.0 if window and not n_experts else 1000000.0),
         max_position_embeddings=_context(params, vocab_size),
         tie_word_embeddings=tied,
-        dtype=embedding.info.codec if embedding else "BF16",
+        dtype=embedding.info.codec if embedding and embedding.packed is None else "BF16",
         sliding_window=window,
         bos_token_id=1,
         eos_token_ids=(2,),

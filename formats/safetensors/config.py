@@ -66,6 +66,8 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
         module = archs.by_hf(architectures, keys.text("model_type"))
     except WeightsmithError as error:
         error.path = path
+        if method := _method(keys):
+            error.hint = f"{error.hint or ''} Its weights are quantized as well ({method}).".strip()
         raise
     family = module.__name__.rpartition(".")[2]
     keys.absent = _ABSENT.get(family, {})
@@ -119,15 +121,22 @@ def _refuse_unknown(keys: Keys) -> None:
         raise UnsupportedError(f"partial_rotary_factor {factor} is not known, only 1", path=keys.path)
 
 
-def _refuse_quantized(keys: Keys) -> None:
+def _method(keys: Keys) -> str | None:
+    """How the weights are quantized, as the configuration says; None if they are not."""
     for key in ("quantization_config", "compression_config"):
-        if quantization := keys.table(key):
-            method = str(quantization.get("quant_method", "unnamed"))[:40]
-            raise UnsupportedError(
-                f"the weights are quantized ({key}, method {method!r})",
-                path=keys.path,
-                hint="Start from the original checkpoint in full precision.",
-            )
+        if table := keys.table(key):
+            return f"{key}, method {str(table.get('quant_method', 'unnamed'))[:40]!r}"
+    return None
+
+
+def _refuse_quantized(keys: Keys) -> None:
+    method = _method(keys)
+    if method is None:
+        return
+    hint = "Start from the original checkpoint in full precision."
+    if method.endswith("'mxfp4'"):
+        hint = f"Tensors NAME_blocks and NAME_scales are not read; MXFP4 of GGUF and compressed-tensors is. {hint}"
+    raise UnsupportedError(f"the weights are quantized ({method})", path=keys.path, hint=hint)
 
 
 def _dtype(keys: Keys) -> str | None:

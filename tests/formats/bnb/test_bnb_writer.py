@@ -85,6 +85,8 @@ def test_what_is_written_is_read_back(tmp_path: Path, kind: str) -> None:
     source = write_llama(tmp_path / "m")
     report = convert(source, Target.parse(kind), tmp_path / "out", Options())
     original, reader = formats.open_reader(source), formats.open_reader(report.path)
+    planned = plan(source, Target.parse(kind), Options())
+    assert (planned.nbytes, planned.bpw) == (report.nbytes, report.bpw), "a dry run says the exact size"
     assert report.nbytes == sum(info.nbytes for info in reader.native_infos().values())
     assert (reader.container, report.target) == ("bnb", f"bnb:{kind.upper()}")
     for name, info in original.infos().items():

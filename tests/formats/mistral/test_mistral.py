@@ -150,7 +150,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         ({"multimodal": {"whisper_model_args": {}}}, UnsupportedError, "image or audio"),
         ({"yarn": {"factor": 16}}, UnsupportedError, "YaRN"),
         ({"llama_4_scaling": {"beta": 0.1}}, UnsupportedError, "scaled by position"),
-        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, UnsupportedError, "8 bits"),
+        ({"quantization": {"qformat_weight": "int8"}}, UnsupportedError, "int8"),
         ({"lora": {"rank": 8}}, UnsupportedError, "adapter"),
         ({"model_type": "mamba"}, UnsupportedError, "mamba"),
         ({"activation": "gelu"}, UnsupportedError, "gelu"),

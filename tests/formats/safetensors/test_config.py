@@ -147,6 +147,11 @@ def test_both_forms_of_rope(changes: dict[str, Any], theta: float, scaling: Rope
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config, method 'gptq'"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "NAME_blocks and NAME_scales are not read"),
+        (
+            {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}},
+            "quantized as well (quantization_config, method 'mxfp4')",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
