@@ -1,6 +1,9 @@
-"""Memory and time of calibrating and evaluating as layers are added, and what that means for Llama-2-70B.
+"""Memory and time of calibrating and evaluating as layers or experts are added, and what that means for Llama-2-70B.
 
-    python -m benchmarks.memory [--rows 8] [--more 40] [--work build/memory]
+    python -m benchmarks.memory [--rows 8] [--more 40] [--work build/memory] [--experts]
+
+With --experts: random Mixtrals of 2 layers with 2 and with 16 experts of one size, and nothing else. If peaks grow with
+the experts, more of them are in memory than one.
 
 First table: random Llamas of one width with 4 and with 24 layers, measured, each verb a process of its own. If peaks
 grow with the layers, something is kept that should not be.
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
+from tests.moe import write_mixtral
 from tests.tiny import CORPUS, write_llama
 
 BUDGET = 1 << 30  # --max-memory's default
@@ -71,10 +75,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--more", type=int, default=40)
     parser.add_argument("--work", type=Path, default=Path("build/memory"))
+    parser.add_argument("--experts", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     text = options.work / "text.txt"
     text.write_text(" ".join(CORPUS[:2]) * (options.more * 20))
+    if options.experts:
+        _experts(options.work, text, options.rows)
+        return
     models = {layers: _model(options.work, layers) for layers in (4, 24)}
     print(f"{measure.machine()}; hidden {SMALL.hidden}, {options.rows} rows of 512 (or {options.more})\n")
     print("| verb | 4 layers RSS MB | 24 layers | grown | 4 layers s of all cores | 24 layers | more rows |")
@@ -90,6 +98,25 @@ def main() -> None:
     _project(found, options.rows, options.more)
 
 
+def _experts(work: Path, text: Path, rows: int) -> None:
+    counts, hidden, ffn = (2, 16), 512, 2048
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": 8, "num_key_value_heads": 4}
+    models = {}
+    for count in counts:
+        folder = models[count] = work / f"experts-{count}"
+        if not (folder / "config.json").exists():
+            write_mixtral(folder, **sizes, num_local_experts=count, max_position_embeddings=2048)
+    print(f"{measure.machine()}; hidden {hidden}, an expert {12 * hidden * ffn / 1e6:.1f} MB, {rows} rows of 512\n")
+    print("| verb | 2 experts RSS MB | 16 experts | grown MB | 2 experts s of all cores | 16 experts |")
+    print("|---|---|---|---|---|---|")
+    for verb in VERBS:
+        extra = ("--max-memory", "64MB") if verb == "gptq" else ()  # else every expert's moments are kept as well
+        few, many = (_run(verb, models[count], text, rows, work, *extra) for count in counts)
+        grown = (many.peak_rss - few.peak_rss) / 1e6
+        cells = [f"{few.peak_rss / 1e6:.0f}", f"{many.peak_rss / 1e6:.0f}", f"{grown:.0f}"]
+        print(f"| {verb} | {' | '.join([*cells, f'{few.cpu:.1f}', f'{many.cpu:.1f}'])} |", flush=True)
+
+
 def _model(work: Path, layers: int) -> Path:
     folder = Path(work / f"layers-{layers}")
     if not (folder / "config.json").exists():
@@ -98,7 +125,7 @@ def _model(work: Path, layers: int) -> Path:
     return folder
 
 
-def _run(verb: str, model: Path, text: Path, rows: int, work: Path) -> measure.Run:
+def _run(verb: str, model: Path, text: Path, rows: int, work: Path, *extra: str) -> measure.Run:
     tool, out = [sys.executable, "-m", "weightsmith"], work / "out"
     commands = {
         "eval": ["eval", str(model), "--text", str(text), "--windows", str(rows)],
@@ -106,7 +133,7 @@ def _run(verb: str, model: Path, text: Path, rows: int, work: Path) -> measure.R
         "gptq": ["quantize", str(model), "--to", "gptq:4", "--group-size", "64", "--calibrate", str(text)],
     }
     commands["gptq"] += ["--rows", str(rows), "-o", str(out), "--force"]
-    return measure.run_checked([*tool, *commands[verb], "-q"], work / "log.txt", env=dict(os.environ))
+    return measure.run_checked([*tool, *commands[verb], *extra, "-q"], work / "log.txt", env=dict(os.environ))
 
 
 def _project(found: dict[str, list[measure.Run]], rows: int, more: int) -> None:

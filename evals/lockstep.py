@@ -93,23 +93,25 @@ class Lockstep:
         lane, twin = self.original, self.twin
         if before is not None:
             before.copy_(lane.x)
-        lane.decoder.through(layer, lane.x, lane.tables)
-        if twin is not None and len(twin.x):
-            twin.decoder.through(layer, twin.x, twin.tables)
+        if twin is None or not len(twin.x):
+            lane.decoder.through(layer, lane.tables, lane.x)
+        else:
+            lane.decoder.through(layer, lane.tables, lane.x, twin.x)  # together, so that an expert is loaded once
             twin.x = _rounded(twin.x)
             _add(twin, number, lane.x[: len(twin.x)], scored)
 
     def _candidate(self, layer: Any, number: int, lane: Lane, before: Tensor | None, scored: slice) -> None:
-        lane.decoder.through(layer, lane.x, lane.tables)
+        lane.decoder.through(layer, lane.tables, lane.x)
         if lane.meter is None:
             return
         _add(lane, number, self.original.x, scored)
         if lane.own is None or before is None:
             return
-        decoder, step = lane.decoder, lane.decoder.step(before.shape[1])
+        alone = before.clone()
+        lane.decoder.through(layer, lane.tables, alone)
+        step = lane.decoder.step(before.shape[1])
         for at in range(0, len(before), step):
-            alone = decoder.kind.layer(layer, before[at : at + step], lane.tables, decoder.config)
-            lane.own.add(number, alone[:, scored], self.original.x[at : at + step, scored])
+            lane.own.add(number, alone[at : at + step, scored], self.original.x[at : at + step, scored])
 
     def _finish(self, scored: slice) -> None:
         """The last norm of every lane."""

@@ -29,6 +29,11 @@ class Carry:
         """How many there are."""
         return self._shape[0]
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self._shape[1]
+
     def take(self, start: int, stop: int, place: Place) -> Carried:
         """What rows [start, stop), those that there are, carry; not to be changed in place."""
         kept = [self._stream] if self._beside is None else [self._stream, self._beside]

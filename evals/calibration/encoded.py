@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, calibrate
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
+from weightsmith.evals.forward.weights import Later
+from weightsmith.formats.archs import expert_of
 from weightsmith.quant import codecs
 from weightsmith.quant.algorithms import compensated
 from weightsmith.quant.algorithms.compensated import Inputs
@@ -91,7 +94,7 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
     try:
         resumed = work.begin(count + 1)
 
-        def finished(index: int) -> dict[str, Tensor] | None:
+        def finished(index: int) -> dict[str, Tensor | Later] | None:
             return _decoded(reader, work.load(index), index, options) if index < resumed else None
 
         def measured(_name: str, moments: Moments) -> None:
@@ -141,15 +144,20 @@ def _linears(reader: Reader, options: EncodedOptions) -> dict[str, int]:
     return found
 
 
-def _decoded(reader: Reader, parts: Parts, index: int, options: EncodedOptions) -> dict[str, Tensor]:
+def _decoded(reader: Reader, parts: Parts, index: int, options: EncodedOptions) -> dict[str, Tensor | Later]:
     """What a finished layer computes with, float32 by name within it."""
     infos, prefix = reader.infos(), _prefix(reader, index)
-    found = {}
+    found: dict[str, Tensor | Later] = {}
     for key, packed in parts.items():
         if not key.endswith(_LOSS):
             name = prefix + key
-            found[key] = torch.from_numpy(codecs.decode(options.layouts[name], packed, infos[name].row_len))
+            load = partial(_floats, options.layouts[name], packed, infos[name].row_len)
+            found[key] = load() if expert_of(name) is None else Later(infos[name].shape, load)
     return found
+
+
+def _floats(codec: str, packed: Packed, row_len: int) -> Tensor:
+    return torch.from_numpy(codecs.decode(codec, packed, row_len))
 
 
 def _encode_block(block: Block, options: EncodedOptions) -> Parts:
@@ -179,5 +187,8 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
         lost, whole = loss_of(w, q, moments.h), loss_of(w, torch.zeros_like(w), moments.h)
         stored[key] = packed
         stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
-        block.weights[key] = q.to(block.weights[key].dtype)
+        if expert_of(name) is None:
+            block.weights[key] = q
+        else:  # as it is stored, so that a layer's experts are never in memory together as floats
+            block.weights[key] = Later(tuple(q.shape), partial(_floats, codec, packed, w.shape[1]))
     return stored

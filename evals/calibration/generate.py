@@ -83,7 +83,7 @@ def tokens(reader: Reader, options: Options) -> Tensor:
     generator = torch.Generator().manual_seed(options.seed)
     found = []
     with threads(options.threads), progress("write", count * options.ctx, "tokens") as ticker:
-        layers = list(decoder.layers())
+        layers = list(decoder.layers(whole=True))
         for start in range(0, count, at_once):
             first = _first(vocab, min(at_once, count - start), config.vocab_size, generator)
             found.append(_continued(decoder, layers, first, options.ctx, generator, ticker))

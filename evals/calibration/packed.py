@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from weightsmith.errors import UsageError, WeightsmithError
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, Finished, calibrate
-from weightsmith.evals.calibration.work import Parts, Work, fingerprint
+from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint
 from weightsmith.evals.forward import load, weights
+from weightsmith.evals.forward.weights import Later
+from weightsmith.formats.archs import expert_of
 from weightsmith.formats.awq import layout as awq_layout
 from weightsmith.formats.gptq import layout as gptq_layout
 from weightsmith.formats.gptq import packed_writer
@@ -113,7 +116,7 @@ def quantize_packed(
     with Work(out.with_name(f"{out.name}.layers"), fingerprint(reader, tokens, options.record())) as work:
         resumed = work.begin(reader.config.n_layers)
 
-        def finished(index: int) -> dict[str, Tensor] | None:
+        def finished(index: int) -> dict[str, Tensor | Later] | None:
             return work.weights(index, layout, linears, _prefix(reader, index)) if index < resumed else None
 
         if resumed < reader.config.n_layers:
@@ -204,7 +207,7 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
     stored: Parts = {}
     groups: dict[int, list[str]] = {}
     for name, moments in block.moments.items():
-        if not is_matrix(name, tuple(block.weights[name.removeprefix(block.prefix)].shape)):
+        if not is_matrix(name, block.weights.shape(name.removeprefix(block.prefix))):
             continue  # a router
         groups.setdefault(id(moments), []).append(name)
     for names in groups.values():
@@ -224,10 +227,13 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
             q = one.dequantize()
             lost, whole = loss_of(part, q, h), loss_of(part, torch.zeros_like(part), h)
             losses[name] = lost / whole if whole else math.nan
-            block.weights[key] = q.to(block.weights[key].dtype)
             stem = key.removesuffix(".weight")
             fields = ("codes", "scales", "zeros", "g_idx")
             arrays = layout.store({field: getattr(one, field).cpu().numpy() for field in fields})
+            if expert_of(name) is None:
+                block.weights[key] = q
+            else:  # as it is stored, so that a layer's experts are never in memory together as floats
+                block.weights[key] = Later(tuple(q.shape), partial(decoded, layout, arrays, (q.shape[0], q.shape[1])))
             stored |= {f"{stem}.{suffix}": value for suffix, value in arrays.items()}
             start = stop
     return stored

@@ -5,7 +5,8 @@ sequential pass a layer goes through its groups in order of computation: the gro
 weights as they stand, the consumer may replace them by what their quantized form computes, and the next group is
 measured behind that. So every quantizer sees the inputs that its linear will really get, and can make up for what the
 ones before it lost. What feeds the next group is carried from stage to stage (`forward.stages`), so a layer costs one
-evaluation. Only a mixture of experts, which is one stage, is evaluated again for each of its groups; `routed` says how.
+evaluation. Only a mixture of experts, which is one stage, is evaluated again for each of its groups; `routed` says how,
+and `forward.moe` how its experts are loaded one by one.
 
 Scales that move between linears (`prepare`) are told before a group is quantized: from its own moments where a norm
 feeds it, and where one of its linears feeds the next group from moments of that, which a sample of the rows is sent
@@ -30,8 +31,10 @@ from weightsmith.evals.calibration import routed
 from weightsmith.evals.calibration.carry import Carry
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
-from weightsmith.evals.forward import Decoder, load, weights
+from weightsmith.evals.forward import Decoder, load, moe, weights
+from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.evals.forward.stages import Stage
+from weightsmith.evals.forward.weights import Later, Layer
 from weightsmith.formats import archs
 from weightsmith.progress import progress
 from weightsmith.quant.calibration import Moments
@@ -40,7 +43,7 @@ from weightsmith.types import Reader
 if TYPE_CHECKING:
     from weightsmith.formats.imatrix import Imatrix
 
-Finished = Callable[[int], Mapping[str, Tensor] | None]
+Finished = Callable[[int], Mapping[str, Tensor | Later] | None]
 Prepare = Callable[["Block", Mapping[str, Moments]], None]
 Head = Callable[[str, Moments], None]
 
@@ -52,18 +55,14 @@ class Block:
     """A group of linears (all of a layer's, in a pass that is not sequential) and what calibration saw of them.
 
     index: the layer. prefix: what canonical names of its tensors begin with. moments: by canonical weight name.
-    weights: all of the layer, by the rest of the name; replaced entries are what the rows then pass through. Both
-    mappings are emptied when the next layer begins.
+    weights: all of the layer, by the rest of the name; replaced entries are what the rows then pass through (an
+    expert's is best replaced by a `Later`). Both mappings are emptied when the next layer begins.
     """
 
     index: int
     prefix: str
-    weights: dict[str, Tensor]
+    weights: Layer
     moments: dict[str, Moments]
-
-
-class _EnoughError(Exception):
-    """Ends an evaluation of a layer: all inputs that were wanted have been seen."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,16 +80,22 @@ class _Collector:
     found: dict[str, Moments] = field(default_factory=dict)
 
     def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
-        if names[0] in self.done:
+        if not self.wants(names, into.shape[-1]):
             return
         if names[0] not in self.found:
-            if self.one_group and self.found and not self._has_room(names[0], into.shape[-1]):
-                self.passed.update(names)  # an expert of the stage may yet come
-                return
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
         self.found[names[0]].add(into)
         if self.one_group and routed.stage_of(names[0]) is None:
-            raise _EnoughError
+            raise EnoughError
+
+    def wants(self, names: tuple[str, ...], size: int) -> bool:
+        """Whether the input of linears is measured in this evaluation."""
+        if names[0] in self.done:
+            return False
+        if names[0] in self.found or not self.one_group or not self.found or self._has_room(names[0], size):
+            return True
+        self.passed.update(names)  # an expert of the stage may yet come
+        return False
 
     def _has_room(self, name: str, size: int) -> bool:
         """Whether an expert's linear belongs to the stage under way and its moments fit in."""
@@ -111,7 +116,7 @@ class _Run:
     @torch.no_grad()
     def evaluate(
         self,
-        layer: Mapping[str, Tensor],
+        layer: Layer,
         stages: Sequence[Stage],
         *,
         tap: _Collector | None = None,
@@ -119,15 +124,37 @@ class _Run:
         every: int = 1,
     ) -> None:
         """Send all rows, or every so many steps of them, through stages; what comes out is carried on if `keep`."""
-        place = self.decoder.place
+        place, kind = self.decoder.place, self.decoder.kind
+        if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
+            self._by_expert(layer, stages[:-1], tap=tap, keep=keep)
+            return
         for start in range(0, self.carry.rows, self.step * every):
             carried = before = self.carry.take(start, start + self.step, place)
-            with suppress(_EnoughError):
+            with suppress(EnoughError):
                 for stage in stages:
                     carried = stage.run(layer, carried, self.tables, self.decoder.config, tap)
                 if keep:
                     self.carry.put(start, carried, moved=carried[0] is not before[0])
             del carried, before
+        if keep:
+            self.carry.turn()
+
+    def _by_expert(self, layer: Layer, before: Sequence[Stage], *, tap: _Collector | None, keep: bool) -> None:
+        """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
+        place, config = self.decoder.place, self.decoder.config
+        row = 4 * self.carry.length * config.hidden_size
+        at_once = max(1, self.decoder.memory // 4 // row // self.step) * self.step  # states, and sums of the experts
+        for first in range(0, self.carry.rows, at_once):
+            steps = []
+            for start in range(first, min(first + at_once, self.carry.rows), self.step):
+                carried = self.carry.take(start, min(start + self.step, first + at_once), place)
+                for stage in before:
+                    carried = stage.run(layer, carried, self.tables, config, tap)
+                steps.append(carried[0] if before else carried[0].clone())
+                del carried
+            moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
+            for number, x in enumerate(steps if keep else ()):
+                self.carry.put(first + number * self.step, (x,))
         if keep:
             self.carry.turn()
 
@@ -139,10 +166,11 @@ class _Run:
         with progress("calibrate", config.n_layers, "layers") as ticker:
             layers = self.decoder.layers()
             for index in range(config.n_layers):
-                layer = dict(next(layers))
+                layer = next(layers)
                 ready = finished(index) if finished is not None else None
                 if ready is not None:
-                    layer.update({name: value.to(layer[name]) for name, value in ready.items()})
+                    for name in ready:
+                        layer[name] = ready[name]
                     self.evaluate(layer, stages)
                 elif sequential:
                     yield from self._staged(index, layer, prepare)
@@ -154,9 +182,9 @@ class _Run:
                 del layer, ready
                 ticker.update(1)
 
-    def _staged(self, index: int, layer: dict[str, Tensor], prepare: Prepare | None) -> Iterator[Block]:
+    def _staged(self, index: int, layer: Layer, prepare: Prepare | None) -> Iterator[Block]:
         """A layer's groups, stage after stage."""
-        matrices = {name.removesuffix(".weight") for name, value in layer.items() if value.ndim == 2}
+        matrices = {name.removesuffix(".weight") for name in layer if len(layer.shape(name)) == 2}
         stages, done = self.decoder.kind.STAGES, set[str]()
         for at, stage in enumerate(stages):
             while (set(stage.linears) or matrices) - done:
@@ -174,12 +202,12 @@ class _Run:
                 block.moments.clear()
             self.evaluate(layer, [stage])
 
-    def _block(self, index: int, layer: dict[str, Tensor], tap: _Collector, *, full: bool) -> Block:
+    def _block(self, index: int, layer: Layer, tap: _Collector, *, full: bool) -> Block:
         """What a tap found, with experts that saw too little filled up."""
         prefix = self.decoder.kind.LAYER.format(index)
         if full:
             missing = routed.unseen(layer, tap.found, tap.done | tap.passed)
-            sizes = {name: layer[f"{name}.weight"].shape[-1] for name in missing}
+            sizes = {name: layer.shape(f"{name}.weight")[-1] for name in missing}
             routed.fill_up(tap.found, missing, sizes, prefix.strip("."))
         moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
         for name, found in moments.items():

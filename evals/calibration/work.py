@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,8 @@ from torch import Tensor
 from weightsmith._version import __version__
 from weightsmith.atomic import AtomicFile, disk_errors, write_text
 from weightsmith.errors import IntegrityError, OutputExistsError
+from weightsmith.evals.forward.weights import Later
+from weightsmith.formats.archs import expert_of
 from weightsmith.formats.gptq.columns import Layout
 from weightsmith.formats.safetensors.header import lay_out, read_header
 from weightsmith.formats.safetensors.strictjson import open_regular
@@ -51,6 +54,15 @@ def fingerprint(reader: Reader, tokens: NDArray[np.int64], record: Mapping[str, 
         **record,
     }
     return json.dumps(work, sort_keys=True)
+
+
+def decoded(layout: Layout, parts: Parts, shape: tuple[int, int]) -> Tensor:
+    """What a packed linear [out, in] computes with, float32. parts: what is stored of it, by suffix."""
+
+    def load(suffix: str, begin: int, end: int) -> NDArray[Any]:
+        return np.ascontiguousarray(parts[suffix][..., begin:end])
+
+    return torch.from_numpy(layout.rows(load, shape, 0, shape[0], has_index="g_idx" in parts))
 
 
 class Work:
@@ -154,20 +166,19 @@ class Work:
 
     def weights(
         self, index: int, layout: Layout, linears: Mapping[str, tuple[int, int]], prefix: str
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | Later]:
         """What a finished layer computes with, float32 by name within it: linears, and vectors that were changed."""
         parts = self.load(index)
-        found = {name: torch.from_numpy(value) for name, value in parts.items() if name.endswith((".weight", ".bias"))}
+        found: dict[str, Tensor | Later] = {
+            name: torch.from_numpy(value) for name, value in parts.items() if name.endswith((".weight", ".bias"))
+        }
         for name, shape in linears.items():
             if name.startswith(prefix):
                 key = name.removeprefix(prefix)
-                stem = key.removesuffix(".weight")
-
-                def load(suffix: str, begin: int, end: int, stem: str = stem) -> NDArray[Any]:
-                    return np.ascontiguousarray(parts[f"{stem}.{suffix}"][..., begin:end])
-
-                has_index = f"{stem}.g_idx" in parts
-                found[key] = torch.from_numpy(layout.rows(load, shape, 0, shape[0], has_index=has_index))
+                stem = key.removesuffix("weight")
+                own = {part.removeprefix(stem): value for part, value in parts.items() if part.startswith(stem)}
+                load = partial(decoded, layout, own, shape)
+                found[key] = load() if expert_of(name) is None else Later(shape, load)
         return found
 
     def remove(self) -> None:

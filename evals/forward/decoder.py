@@ -7,7 +7,7 @@ size bounds what the layer itself allocates and keeps it in cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from weightsmith.evals.forward import weights
-from weightsmith.evals.forward.weights import Place
+from weightsmith.evals.forward import moe, weights
+from weightsmith.evals.forward.stages import through
+from weightsmith.evals.forward.weights import Layer, Place
 from weightsmith.types import ModelConfig, Reader
 
 STEP_TOKENS = 2048  # on a CPU, larger steps are no faster and only leave the cache
@@ -40,9 +41,13 @@ class Decoder:
         """Windows of `length` tokens whose hidden states fit in half the memory budget; at least one."""
         return max(1, self.memory // 2 // (length * self.config.hidden_size * self.place.dtype.itemsize))
 
-    def layers(self) -> Iterator[Mapping[str, Tensor]]:
-        """Each layer's weights in turn, the next one loading meanwhile; drop one before asking for the next."""
-        return weights.stream([self.layer_at(number) for number in range(self.config.n_layers)], self.place)
+    def layers(self, *, whole: bool = False) -> Iterator[Layer]:
+        """Each layer's weights in turn, the next one loading meanwhile; drop one before asking for the next.
+
+        whole: experts too, which are otherwise loaded when they are asked for.
+        """
+        places = [self.layer_at(number) for number in range(self.config.n_layers)]
+        return weights.stream(places, self.place, whole=whole)
 
     def layer_at(self, number: int) -> tuple[Reader, str]:
         """Where a layer's weights lie: a reader and what their names begin with."""
@@ -61,11 +66,19 @@ class Decoder:
         return entered
 
     @torch.inference_mode()
-    def through(self, layer: Mapping[str, Tensor], x: Tensor, tables: Any) -> None:
-        """Replace states x [B, T, hidden] by what a layer makes of them, a step of windows at a time."""
-        step = self.step(x.shape[1])
-        for at in range(0, len(x), step):
-            x[at : at + step] = self.kind.layer(layer, x[at : at + step], tables, self.config)
+    def through(self, layer: Layer, tables: Any, *states: Tensor) -> None:
+        """Replace states [B, T, hidden] by what a layer makes of them, a step of windows at a time.
+
+        A mixture of experts takes as much memory again as they have.
+        """
+        steps = [part for x in states if len(x) for part in torch.split(x, self.step(x.shape[1]))]
+        if moe.is_mixture(self.kind):
+            for part in steps:
+                part.copy_(through(self.kind.STAGES[:-1], layer, part, tables, self.config, None))
+            moe.evaluate(self.kind.MIXTURE, layer, steps, tables, self.config)
+            return
+        for part in steps:
+            part.copy_(self.kind.layer(layer, part, tables, self.config))
 
     @torch.inference_mode()
     def finish(self, x: Tensor) -> None:
@@ -85,7 +98,7 @@ class Decoder:
         layers = self.layers()
         for number in range(self.config.n_layers):
             layer = next(layers)  # not by enumerate or zip, which would keep a reference to it
-            self.through(layer, x, tables)
+            self.through(layer, tables, x)
             del layer  # the next one is already loading
             if on_layer is not None:
                 on_layer(number, x)

@@ -167,35 +167,40 @@ def _joined(weights: Weights, carried: Carried, positions: Tables, config: Model
     return (_normed(weights, config, "post_attn_norm", found).add_(x),)
 
 
-def _mixture(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
-    """x behind attention to x behind the block."""
-    (x,) = carried
-    into = _normed(weights, config, "pre_moe_norm", x).flatten(0, 1)
-    found = feed_forward(partial(linears, weights, tap), into, positions.rules, config)
-    return (_normed(weights, config, "post_moe_norm", found).view_as(x).add_(x),)
+def _entering(weights: Weights, x: Tensor, config: ModelConfig) -> Tensor:
+    return _normed(weights, config, "pre_moe_norm", x).flatten(0, 1)
 
 
-STAGES = (Stage(_mixed, llama.QKV), Stage(_joined, ("self_attn.o_proj",)), Stage(_mixture))
+def _route(run: moe.Linears, into: Tensor, positions: Tables, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    (products,) = run(("block_sparse_moe.gate",), into)
+    if positions.rules.router_capped:
+        products = capped(products, traits(config).router_cap)
+    return moe.route(products, config.n_experts_used, renormalise=positions.rules.normalized)
+
+
+def _activation(positions: Tables) -> moe.Activation:
+    return partial(functional.gelu, approximate=positions.rules.gelu)
+
+
+def _closed(
+    weights: Weights, run: moe.Linears, made: tuple[Tensor, Tensor, Tensor], positions: Tables, config: ModelConfig
+) -> Tensor:
+    """The dense branch is added where there is one."""
+    x, into, found = made
+    if traits(config).dense_size:
+        gate, up = run(("mlp.gate_proj", "mlp.up_proj"), into)
+        (dense,) = run(("mlp.down_proj",), _activation(positions)(gate).mul_(up))
+        found = found.add_(dense).mul_(math.sqrt(0.5))
+    return _normed(weights, config, "post_moe_norm", found).view_as(x).add_(x)
+
+
+MIXTURE = moe.Mixture("block_sparse_moe.", _entering, _route, _activation, _closed)
+STAGES = (Stage(_mixed, llama.QKV), Stage(_joined, ("self_attn.o_proj",)), moe.stage(MIXTURE))
 
 
 def layer(weights: Weights, x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None) -> Tensor:
     """One block: x [B, T, hidden] to a new tensor of the same shape and dtype; weights by name within the layer."""
     return through(STAGES, weights, x, positions, config, tap)
-
-
-def feed_forward(run: moe.Linears, into: Tensor, followed: Rules, config: ModelConfig) -> Tensor:
-    """Experts, and the dense branch where there is one, of `into` [tokens, hidden]: a new tensor of its shape."""
-    grok, gelu = traits(config), partial(functional.gelu, approximate=followed.gelu)
-    (products,) = run(("block_sparse_moe.gate",), into)
-    if followed.router_capped:
-        products = capped(products, grok.router_cap)
-    shares, chosen = moe.route(products, config.n_experts_used, renormalise=followed.normalized)
-    found = moe.mix(into, shares, chosen, run, gelu, prefix="block_sparse_moe.")
-    if grok.dense_size:
-        gate, up = run(("mlp.gate_proj", "mlp.up_proj"), into)
-        (dense,) = run(("mlp.down_proj",), gelu(gate).mul_(up))
-        found = found.add_(dense).mul_(math.sqrt(0.5))
-    return found
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sharpness: Tensor | None, grok: Grok) -> Tensor:

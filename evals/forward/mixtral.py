@@ -3,7 +3,7 @@
     x = x + W_o attention(rms(x))
     x = x + experts(rms(x))            `forward.moe`, the shares of the chosen experts made to sum to 1
 
-All experts of a layer are in memory while it computes. Scales move between linears (`FEEDS`) in the attention only:
+Scales move between linears (`FEEDS`) in the attention only:
 what feeds the experts feeds the router as well, and each expert would want other scales.
 
 Ref: transformers models/mixtral.
@@ -18,16 +18,27 @@ from torch.nn import functional
 
 from weightsmith.evals.forward import llama, moe
 from weightsmith.evals.forward.llama import EMBEDDING, HEAD, LAYER, NORM, Tables, entered, norm, scored, tables
-from weightsmith.evals.forward.stages import Carried, Stage, Tap, Weights, linears, through
+from weightsmith.evals.forward.stages import Tap, Weights, through
 from weightsmith.types import ModelConfig
 
-__all__ = ["EMBEDDING", "FAMILIES", "FEEDS", "HEAD", "LAYER", "NORM", "STAGES", "entered", "layer", "norm", "scored"]
+__all__ = [
+    "EMBEDDING",
+    "FAMILIES",
+    "FEEDS",
+    "HEAD",
+    "LAYER",
+    "MIXTURE",
+    "NORM",
+    "STAGES",
+    "entered",
+    "layer",
+    "norm",
+    "scored",
+]
 __all__ += ["tables", "working_bytes"]
 
 FAMILIES = ("mixtral",)
 FEEDS = llama.FEEDS[:2]
-
-_silu = partial(functional.silu, inplace=True)
 
 
 def working_bytes(config: ModelConfig, length: int) -> int:
@@ -36,17 +47,30 @@ def working_bytes(config: ModelConfig, length: int) -> int:
     return llama.working_bytes(config, length) + 4 * length * (3 * config.hidden_size + 4 * config.n_experts)
 
 
-def _mixture(weights: Weights, carried: Carried, positions: Tables, config: ModelConfig, tap: Tap | None) -> Carried:
-    """x behind attention to x behind the experts."""
+def _entering(weights: Weights, x: Tensor, config: ModelConfig) -> Tensor:
+    return norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps).flatten(0, 1)
+
+
+def _route(run: moe.Linears, into: Tensor, positions: Tables, config: ModelConfig) -> tuple[Tensor, Tensor]:
     del positions
-    (x,) = carried
-    normed = norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps).flatten(0, 1)
-    run = partial(linears, weights, tap)
-    shares, chosen = moe.route(run(("block_sparse_moe.gate",), normed)[0], config.n_experts_used)
-    return (moe.mix(normed, shares, chosen, run, _silu, prefix="block_sparse_moe.").view_as(x).add_(x),)
+    return moe.route(run(("block_sparse_moe.gate",), into)[0], config.n_experts_used)
 
 
-STAGES = (*llama.STAGES[:2], Stage(_mixture))
+def _activation(positions: Tables) -> moe.Activation:
+    del positions
+    return partial(functional.silu, inplace=True)
+
+
+def _closed(
+    weights: Weights, run: moe.Linears, made: tuple[Tensor, Tensor, Tensor], positions: Tables, config: ModelConfig
+) -> Tensor:
+    del weights, run, positions, config
+    x, _, mixed = made
+    return mixed.view_as(x).add_(x)
+
+
+MIXTURE = moe.Mixture("block_sparse_moe.", _entering, _route, _activation, _closed)
+STAGES = (*llama.STAGES[:2], moe.stage(MIXTURE))
 
 
 def layer(weights: Weights, x: Tensor, positions: Tables, config: ModelConfig, tap: Tap | None = None) -> Tensor:

@@ -5,14 +5,17 @@ Plain float layouts are converted by torch in the copy itself; every other layou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.formats.archs import expert_of
 from weightsmith.types import Packed, Reader, TensorInfo
 
 SLAB = 16 << 20  # float32 bytes per slab
@@ -84,22 +87,104 @@ def gather(reader: Reader, name: str, ids: Tensor, place: Place) -> Tensor:
     return found.reshape(*ids.shape, info.row_len)
 
 
-def layer(reader: Reader, prefix: str, place: Place) -> dict[str, Tensor]:
-    """Every tensor under `prefix`, by the rest of its name."""
-    names = [name for name in reader.infos() if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensor(reader, name, place) for name in names}
+class Later(NamedTuple):
+    """A matrix that is made when it is asked for."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
 
 
-def stream(places: Sequence[tuple[Reader, str]], place: Place) -> Iterator[dict[str, Tensor]]:
+class Layer(MutableMapping[str, Tensor]):
+    """A layer's weights by name within it. Experts' matrices are loaded when they are asked for, and not kept, except
+    while they are `held`; everything else is there.
+    """
+
+    def __init__(self, place: Place, kept: dict[str, Tensor], later: dict[str, Later]) -> None:
+        self._place, self._kept, self._later = place, kept, later
+        self._held: dict[str, Tensor] = {}
+        self._holding = ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        if name in self._held:
+            return self._held[name]
+        found = self._later[name].load()
+        if self._holding and name.startswith(self._holding):
+            self._held[name] = found
+        return found
+
+    def __setitem__(self, name: str, value: Tensor | Later) -> None:
+        """Replace a weight, by a tensor or by what makes one (at the layer's place, in either case)."""
+        self._held.pop(name, None)
+        if isinstance(value, Later):
+            load = value.load
+            self._later[name] = Later(value.shape, lambda: load().to(*self._place))
+            self._kept.pop(name, None)
+        else:
+            self._kept[name] = value.to(*self._place)
+            self._later.pop(name, None)
+
+    def __delitem__(self, name: str) -> None:
+        self._held.pop(name, None)
+        if name in self._kept:
+            del self._kept[name]
+        else:
+            del self._later[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._kept, *self._later])
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._later)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept or name in self._later
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, without loading it."""
+        return tuple(self._kept[name].shape) if name in self._kept else self._later[name].shape
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._kept.clear()
+        self._later.clear()
+        self._held.clear()
+
+    @contextmanager
+    def held(self, prefix: str) -> Iterator[None]:
+        """Load what is asked for under `prefix` once only, and let it go at the end."""
+        self._holding = prefix
+        try:
+            yield
+        finally:
+            self._holding = ""
+            self._held.clear()
+
+
+def layer(reader: Reader, prefix: str, place: Place, *, whole: bool = False) -> Layer:
+    """Every tensor under `prefix`, by the rest of its name; experts' matrices at once only if `whole`."""
+    kept, later = {}, {}
+    for name, info in reader.infos().items():
+        if name.startswith(prefix):
+            load, key = partial(tensor, reader, name, place), name.removeprefix(prefix)
+            if whole or expert_of(name) is None:
+                kept[key] = load()
+            else:
+                later[key] = Later(info.shape, load)
+    return Layer(place, kept, later)
+
+
+def stream(places: Sequence[tuple[Reader, str]], place: Place, *, whole: bool = False) -> Iterator[Layer]:
     """The weights under each (reader, prefix) in turn; the next ones load in a thread while the caller computes.
 
     The caller must drop its reference before it asks for the next, so that two layers, not three, are in memory, of
-    however many readers.
+    however many readers. whole: experts too, which are otherwise left for later (see `Layer`).
     """
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-        coming = [pool.submit(layer, *places[0], place)]
+        coming = [pool.submit(layer, *places[0], place, whole=whole)]
         for following in [*places[1:], None]:
             ready = [coming.pop().result()]
             if following is not None:
-                coming.append(pool.submit(layer, *following, place))
+                coming.append(pool.submit(layer, *following, place, whole=whole))
             yield ready.pop()  # popped, so that this frame holds no layer while the caller computes

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import pytest
 from hypothesis import given, settings
@@ -44,14 +45,17 @@ def read(folder: Path, size: int, **changes: Any) -> Vocab:
     return vocab
 
 
-def compare(vocab: Vocab, encode: Encode, folder: Path, *, llama_cpp_differs: int) -> None:
+def compare(vocab: Vocab, encode: Encode, folder: Path, *, llama_cpp_differs: int) -> list[str]:
+    """Hold the three judges against each other; the texts that llama.cpp tokenizes in another way than the library."""
     samples = varied(vocab, 21)
     expected = [encode(text) for text in samples]
     assert verify.differing(samples, expected, verify.rebuilt(vocab, samples)) == []
     llama_cpp = judge(vocab, folder)
     found = [llama_cpp.encode(text) for text in samples]
     assert verify.differing(samples, found, verify.as_llama_cpp(vocab, samples)) == []
-    assert len(verify.differing(samples, expected, found)) <= llama_cpp_differs
+    others = [text for text, own, other in zip(samples, expected, found, strict=True) if own != other]
+    assert len(others) <= llama_cpp_differs
+    return others
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +129,8 @@ def test_tekken_tokenizes_as_mistral_common_and_as_llama_cpp(name: str, tmp_path
     def encode(text: str) -> list[int]:
         return source.encode(text, bos=False, eos=False)
 
-    compare(vocab, encode, tmp_path, llama_cpp_differs=N // 50)
+    others = compare(vocab, encode, tmp_path, llama_cpp_differs=N // 100)
+    assert all(any(category(mark)[0] == "M" for mark in text) for text in others), "a text without a mark"
     plain = texts(N, 22, pools=PLAIN_POOLS)
     llama_cpp = judge(vocab, tmp_path)
     assert [llama_cpp.encode(text) for text in plain] == [encode(text) for text in plain]
