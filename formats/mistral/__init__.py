@@ -2,8 +2,8 @@
 
 Text models are read: 7B v0.1 to v0.3, Nemo, Small 3, Mixtral 8x7B and 8x22B (`experts` knows their layouts). Tensors
 have Meta's names and Meta's rotation of neighbouring pairs, and are never cut into ranks. Linears may be stored in 8
-bits (`eights`). Other mixtures of experts, image encoders, YaRN and position-dependent attention scales are recognised
-and refused by name. Read only: nothing is written in this form.
+bits (`eights`). Other mixtures of experts, YaRN and position-dependent attention scales are recognised and refused by
+name; an image encoder is left out. Read only: nothing is written in this form.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _TEKKEN_SIZE = 131072
 _LARGE_MIXTRAL = 6144  # width of 8x22B
+_IMAGES = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
 _REFUSED = {
-    "vision_encoder": "an image encoder",
     "multimodal": "an image or audio encoder",
     "yarn": "YaRN scaling of the rotary embedding",
     "llama_4_scaling": "attention scaled by position",
@@ -58,6 +58,14 @@ def refuse_unknown(params: Keys) -> None:
         raise UnsupportedError(f"activation {str(activation)[:40]!r} is not known, only silu", path=params.path)
 
 
+def text_only(tensors: Mapping[str, Joined], params: Keys) -> Mapping[str, Joined]:
+    """`tensors` without those of an image encoder, which Small 3.1 and 3.2 have and which is left out."""
+    if not params.has("vision_encoder"):
+        return tensors
+    log.warning("%s: the image encoder is left out, only the text model is read", params.path)
+    return {name: joined for name, joined in tensors.items() if not name.startswith(_IMAGES)}
+
+
 def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, Mapping[str, Joined]]:
     """The model, and its tensors by native name.
 
@@ -66,7 +74,7 @@ def configure(params: Keys, shards: Shards, folder: Path) -> tuple[ModelConfig, 
     refuse_unknown(params)
     params = plain(params)
     n_experts, n_experts_used = experts(params)
-    tensors = scaled(shards.tensors)
+    tensors = scaled(text_only(shards.tensors, params))
     vocab_size, (n_heads, n_kv_heads) = params.count("vocab_size"), heads(params)
     head_dim = params.count("head_dim")
     if head_dim % 2:

@@ -15,12 +15,14 @@ Ref: transformers 5.23 models/{llama,mistral,mixtral}/configuration_*.py, modeli
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import UnsupportedError, WeightsmithError
 from weightsmith.formats import archs
+from weightsmith.formats.archs.mistral import WRAPPER
 from weightsmith.formats.safetensors import grok_config
 from weightsmith.formats.safetensors.keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Keys
 from weightsmith.formats.safetensors.strictjson import read_object
@@ -28,6 +30,7 @@ from weightsmith.types import ModelConfig, RopeScaling
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG = 16 << 20  # bytes
+log = logging.getLogger(__name__)
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _SILU = ("silu", "swish")
@@ -58,6 +61,7 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
     Raises UnsupportedError (family, activation, rope kind, quantized weights) or IntegrityError (a value of the wrong
     type or size), both naming the key.
     """
+    raw = _unwrapped(raw, path)
     keys = Keys(raw, path)
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -109,6 +113,16 @@ def parse(raw: Mapping[str, Any], *, path: Path, dtype: str) -> ModelConfig:
     )
     _check_layer_types(keys, config)
     return config
+
+
+def _unwrapped(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The text model's keys, where they lie within those of a model that also sees images."""
+    text, named = raw.get("text_config"), raw.get("architectures")
+    if not isinstance(named, list) or WRAPPER not in named or not isinstance(text, dict):
+        return raw
+    log.warning("%s: the image encoder is left out, only the text model is read", path)
+    own = {key: value for key, value in text.items() if key not in ("architectures", "model_type")}
+    return {**raw, **own}
 
 
 def _refuse_unknown(keys: Keys) -> None:

@@ -146,7 +146,6 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 9}}, IntegrityError, "num_experts_per_tok"),
         ({"moe": {"num_experts": 128, "expert_hidden_dim": 4096}}, UnsupportedError, "expert_hidden_dim"),
         ({"moe": 8}, IntegrityError, "an object"),
-        ({"vision_encoder": {"hidden_size": 1024}}, UnsupportedError, "image"),
         ({"multimodal": {"whisper_model_args": {}}}, UnsupportedError, "image or audio"),
         ({"yarn": {"factor": 16}}, UnsupportedError, "YaRN"),
         ({"llama_4_scaling": {"beta": 0.1}}, UnsupportedError, "scaled by position"),
@@ -170,6 +169,39 @@ def test_params_that_do_not_fit(params: dict[str, Any], error: type[Exception], 
     assert reader.native_infos()
     with pytest.raises(error, match=message):
         reader.infos()
+
+
+def test_the_text_model_beside_an_image_encoder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Small 3.1 and 3.2, in Mistral's form and both of Hugging Face's: the same model, and a word on what is left."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    images = {"patch_conv.weight": torch.ones(4, 3, 2, 2), "transformer.layers.0.attention.wq.weight": torch.ones(4, 4)}
+    folder = write_mistral(tmp_path / "native", params={"vision_encoder": {"hidden_size": 4}})
+    own = {f"vision_encoder.{name}": value for name, value in images.items()}
+    own |= {"vision_language_adapter.w_in.weight": torch.ones(4, 4), "pre_mm_projector_norm.weight": torch.ones(4)}
+    save_file(load_file(folder / "consolidated.safetensors") | own, folder / "consolidated.safetensors")
+    plain = formats.open_reader(twin(tmp_path / "plain"))
+    readers = [formats.open_reader(folder)]
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    for form, wrapped in (("old", "language_model.{}"), ("new", "model.language_model.{}")):
+        made = {f"{'model.' * (form == 'new')}vision_tower.{name}": value for name, value in images.items()}
+        for name, value in tensors.items():
+            inner = name.removeprefix("model.") if form == "new" else name
+            made["lm_head.weight" if form == "new" and "lm_head" in name else wrapped.format(inner)] = value
+        (tmp_path / form).mkdir()
+        save_file(made, tmp_path / form / "model.safetensors")
+        raw = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": config}
+        (tmp_path / form / "config.json").write_text(json.dumps(raw | {"vision_config": {"hidden_size": 4}}))
+        readers.append(formats.open_reader(tmp_path / form))
+    for reader in readers:
+        caplog.clear()
+        assert replace(reader.config, name="") == replace(plain.config, name="")
+        assert "image encoder is left out" in caplog.text
+        assert list(reader.infos()) == list(plain.infos())
+        for name, info in plain.infos().items():
+            assert np.array_equal(reader.rows(name, 0, info.n_rows), plain.rows(name, 0, info.n_rows)), name
 
 
 def test_missing_and_hostile_shards(tmp_path: Path) -> None:
