@@ -23,14 +23,17 @@ HAS_EXPERTS = False
 MODEL_TYPE = "mistral"
 WRAPPER = "Mistral3ForConditionalGeneration"
 HF_ARCHITECTURES = ("MistralForCausalLM", WRAPPER)
-_WRAPPED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
-_WRAPPED += (("model.language_model.", "model."),)
+_WRAPPED = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
 _IMAGES = ("vision_tower.", "multi_modal_projector.")
 
 
 def hf_name(name: str) -> str:
     """The canonical name of a tensor that a wrapped checkpoint holds; any other as it is."""
-    for wrapped, own in _WRAPPED:
+    for wrapped, own in _WRAPPED.items():
         if name.startswith(wrapped):
             return own + name.removeprefix(wrapped)
     return name
