@@ -5,8 +5,8 @@
 The inputs are holes in files (zeros that take no disk), so what is measured is reading through turned or cut matrices,
 not a disk. Grok-1: pickles of up to 1.6 GB, columns to rows, to a GGUF of 5.3 GB; and its embedding, one pickled tensor
 of 3.2 GB, to safetensors. Grok-2: matrices of up to 268 MB in eight tensor-parallel files each, to safetensors of 3.5
-GB. Llama 3 70B: eight model-parallel pickles, cut by rows and by columns, to safetensors of 3.8 GB (as the output matrix
-is all zeros like the embedding, it counts as tied).
+GB. Llama 3 70B: eight pickled ranks, cut by rows and by columns, to safetensors of 3.8 GB (the output matrix is
+all zeros like the embedding, so it counts as tied).
 """
 
 from __future__ import annotations
