@@ -19,6 +19,7 @@ from pathlib import Path
 from weightsmith import jobs
 from weightsmith.catalog import Catalog
 from weightsmith.errors import OutputExistsError
+from weightsmith.provenance.hung import hang_statement
 from weightsmith.store import Entry
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def derive(
             recipe = {"target": str(target)} | options.record()
             recipe |= {key: report.notes[key] for key in ("imatrix", "arithmetic") if key in report.notes}
             entry = reservation.commit(parent=parent, recipe=recipe, overwrite=options.overwrite)
+        hang_statement(catalog, entry)
     finally:
         with contextlib.suppress(OSError):  # not empty: a part that the next run goes on with
             folder.rmdir()
