@@ -60,7 +60,8 @@ class Options:
     noted in the result. imatrix: file of importances to quantize by. calibration: text to measure importances on, or
     to quantize by. effort: how hard to search. allow_pickle: read pickled weights, without running anything in them.
     strict: a tensor whose rows do not fit the type is an error. keep_rest: of a packed checkpoint only the packed
-    linears become blocks, the rest keeps its precision. recipe: its type is the target's.
+    linears become blocks, the rest keeps its precision. recipe: its type is the target's. version: of weightsmith, as
+    the result notes it; another one only where an earlier result is made again to be compared.
     """
 
     pre: str | None = None
@@ -76,6 +77,7 @@ class Options:
     calibration: Calibration | None = None
     keep_rest: bool = False
     recipe: Recipe = field(default_factory=Recipe)
+    version: str = __version__
 
     def record(self) -> dict[str, Any]:
         """The options that change what is made (not where or how fast), as plain values; defaults are left out."""
@@ -90,7 +92,7 @@ class Options:
 
     def notes(self, target: Target, imatrix: Imatrix | None) -> dict[str, str]:
         """Where the result comes from, for the file itself: no paths, no times, so equal work gives equal bytes."""
-        found = {"tool": f"weightsmith {__version__}", "recipe": json.dumps({"target": str(target), **self.record()})}
+        found = {"tool": f"weightsmith {self.version}", "recipe": json.dumps({"target": str(target), **self.record()})}
         if self.source_digest is not None:
             found["source"] = f"sha256:{self.source_digest}"
         found["arithmetic"] = str(ARITHMETIC_VERSION)
