@@ -57,6 +57,14 @@ def difference(a: Reader, b: Reader, *, hashes: bool = True) -> Difference:
     return found
 
 
+def settings(a: Reader, b: Reader) -> list[Change]:
+    """What differs in configuration, tokenizer and chat template; no tensor is looked at."""
+    found = Difference()
+    _config(a, b, found)
+    _vocab(a, b, found)
+    return found.changes
+
+
 def _config(a: Reader, b: Reader, found: Difference) -> None:
     try:
         one, two = dataclasses.asdict(a.config), dataclasses.asdict(b.config)

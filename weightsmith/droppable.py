@@ -30,7 +30,7 @@ class Candidate:
 def candidates(catalog: Catalog) -> list[Candidate]:
     """Every entry that may go, by its record; no file is read. What another was made from stays."""
     entries = catalog.entries()
-    freed = {one.entry.ref: one.freed for one in usage.by_entry(catalog)}
+    freed = {one.entry.ref: one.freed for one in usage.by_entry(catalog)[0]}
     aliased = {(entry.name, entry.alias_of) for entry in entries if entry.alias_of is not None}
     parents = {entry.parent for entry in entries}
     digests = {entry.digest: entry for entry in entries}

@@ -146,6 +146,10 @@ class Layout:
         scales = load("scales", start, stop).astype(np.float32)
         return Lattice.transposed(codes, scales, zeros, size)
 
+    def spread(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice:
+        """As `lattice`: groups are always runs of columns."""
+        return self.lattice(load, shape, start, stop, has_index=has_index)
+
     def store(self, linear: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Stored tensors by suffix for codes uint8 [out, in], scales float [out, groups], zeros [out, groups].
 

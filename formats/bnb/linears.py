@@ -33,6 +33,7 @@ from weightsmith.formats.packed.parts import Part, Source
 from weightsmith.quant import doubled, float4
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.quant.steps import Lattice, as_blocks, candidates
+from weightsmith.quant.units import Units
 from weightsmith.types import Packed, Rows, TensorInfo
 
 _STORAGE = ("U8", "I8", "F16", "BF16", "F32")
@@ -68,6 +69,12 @@ class FourBit:
 
     def rows(self, source: Source, start: int, stop: int) -> Rows:
         """Weights float32 [stop - start, in], before they are rounded to the state's dtype."""
+        found = self.units(source, start, stop)
+        weights: Rows = found.numbers * found.scales
+        return weights
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Levels of rows [start, stop) and the absmax of each."""
         columns, size = self.state.shape[1], self.state.blocksize
         begin, end = start * columns, stop * columns
         first, last = begin // size, -(-end // size)
@@ -77,19 +84,34 @@ class FourBit:
         np.bitwise_and(pairs, 15, out=nibbles[:, 1])
         odd = begin % 2
         values: Rows = self._levels(source)[nibbles.reshape(-1)[odd : odd + end - begin]]
-        absmax = self._absmax(source, first, last).repeat(size)
-        values *= absmax[begin - first * size : end - first * size]
-        return values.reshape(stop - start, columns)
+        absmax = self._absmax(source, first, last).repeat(size)[begin - first * size : end - first * size]
+        table = np.unique(float4.LEVELS[self.state.kind])
+        slack = (
+            np.abs(values) * self._doubling(source, first, last).repeat(size)[begin - first * size : end - first * size]
+        )
+        shape = stop - start, columns
+        return Units(values.reshape(shape), absmax.reshape(shape), table=table, slack=slack.reshape(shape))
 
     def _absmax(self, source: Source, first: int, last: int) -> NDArray[np.float32]:
         stored = source.run("weight.absmax", first, last)
         if not self.state.nested:
             absmax: NDArray[np.float32] = stored.astype(np.float32)
             return absmax
+        nested = self._nested(source, first, last)
+        return doubled.undouble(stored, source.whole("weight.nested_quant_map"), nested, self.state.offset)
+
+    def _nested(self, source: Source, first: int, last: int) -> NDArray[np.float32]:
         inner = self.state.nested
         low, high = first // inner, -(-last // inner)
-        nested = source.run("weight.nested_absmax", low, high).repeat(inner)[first - low * inner : last - low * inner]
-        return doubled.undouble(stored, source.whole("weight.nested_quant_map"), nested, self.state.offset)
+        found: NDArray[np.float32] = source.run("weight.nested_absmax", low, high).astype(np.float32).repeat(inner)
+        return found[first - low * inner : last - low * inner]
+
+    def _doubling(self, source: Source, first: int, last: int) -> NDArray[np.float32]:
+        """What rounding absmax to 8 bits may have moved each of them by: half the widest step of the 256 levels."""
+        if not self.state.nested:
+            return np.zeros(last - first, np.float32)
+        widest = np.float32(np.diff(doubled.levels()).max() / 2)
+        return self._nested(source, first, last) * widest
 
     def _levels(self, source: Source) -> NDArray[np.float32]:
         """The known levels; bitsandbytes goes by the type's name, so a map of others would be read as these."""
@@ -123,6 +145,10 @@ class EightBit:
     def as_blocks(self, codec: str, source: Source, start: int, stop: int) -> tuple[Packed, float] | None:
         """The codes as blocks, without rounding a weight again."""
         return as_blocks(codec, self.lattice(source, start, stop))
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Codes of rows [start, stop) and the scale of each row."""
+        return Units.of(self.lattice(source, start, stop), 8)
 
     def lattice(self, source: Source, start: int, stop: int) -> Lattice:
         """Codes of rows [start, stop), 128 in the middle."""

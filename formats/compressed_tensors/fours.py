@@ -19,6 +19,7 @@ import numpy as np
 from weightsmith.errors import IntegrityError
 from weightsmith.formats.packed.parts import Part, Source
 from weightsmith.formats.packed.scaled import exponents
+from weightsmith.quant.units import Units
 from weightsmith.types import Rows, TensorInfo
 
 PACKED, SCALE, WHOLE = "weight_packed", "weight_scale", "weight_global_scale"
@@ -38,6 +39,12 @@ class Fours:
 
     def rows(self, source: Source, start: int, stop: int) -> Rows:
         """Weights float32 [stop - start, in]."""
+        found = self.units(source, start, stop)
+        weights: Rows = found.numbers * found.scales
+        return weights
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Levels of rows [start, stop) and their scales."""
         pairs = source.rows(PACKED, start, stop)
         values = np.empty((*pairs.shape, 2), np.float32)
         values[:, :, 0] = LEVELS[pairs & np.uint8(15)]
@@ -50,9 +57,8 @@ class Fours:
             if not np.isfinite(whole) or whole == 0:
                 raise IntegrityError(f"weight_global_scale is {whole:g}")
             scales = scales / whole
-        found = values.reshape(stop - start, self.shape[1])
-        found *= scales.repeat(self.group, axis=1)
-        return found
+        spread: Rows = scales.astype(np.float32).repeat(self.group, axis=1)
+        return Units(values.reshape(stop - start, self.shape[1]), spread, table=np.unique(LEVELS))
 
     def as_blocks(self, codec: str, source: Source, start: int, stop: int) -> None:
         """None: no layout that is written has these levels."""

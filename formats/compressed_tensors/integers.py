@@ -27,6 +27,7 @@ from weightsmith.formats.gptq import words
 from weightsmith.formats.packed.parts import FLOATS, Part, Source
 from weightsmith.formats.packed.scaled import block_of
 from weightsmith.quant.steps import Lattice, as_blocks, candidates
+from weightsmith.quant.units import Units
 from weightsmith.types import Packed, Rows, TensorInfo
 
 PACKED, SCALE, ZERO, SHAPE, INDEX = (f"weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx"))
@@ -66,6 +67,13 @@ class PackedIntegers:
     def lattice(self, source: Source, start: int, stop: int) -> Lattice | None:
         """Codes of rows [start, stop), None for columns out of order."""
         return self._codes(source, start, stop) if self._index(source) is None else None
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Steps of rows [start, stop) before they are scaled."""
+        found, index = self._codes(source, start, stop), self._index(source)
+        if index is not None:
+            found = Lattice(found.codes, found.scales[:, index], found.zeros[:, index], 1)
+        return Units.of(found, self.bits)
 
     def _codes(self, source: Source, start: int, stop: int) -> Lattice:
         packed = source.rows(PACKED, start, stop).view(np.uint32)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from weightsmith.formats.packed.parts import Part, Source
 from weightsmith.quant.steps import Lattice, as_blocks, candidates
+from weightsmith.quant.units import Units
 from weightsmith.types import Packed, Rows, TensorInfo
 
 Load = Callable[[str, int, int], NDArray[Any]]  # (suffix, first column, end column) -> that part of a stored tensor
@@ -34,6 +35,9 @@ class Layout(Protocol):
 
     def lattice(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice | None:
         """Codes of rows [start, stop), None where groups are no runs of neighbouring columns."""
+
+    def spread(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice:
+        """Codes of rows [start, stop), each with a scale of its own where groups are no runs of columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,11 @@ class ColumnLinear:
     def lattice(self, source: Source, start: int, stop: int) -> Lattice | None:
         """Codes of rows [start, stop)."""
         return self.layout.lattice(source.columns, self.shape, start, stop, has_index="g_idx" in source)
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Steps of rows [start, stop) before they are scaled."""
+        found = self.layout.spread(source.columns, self.shape, start, stop, has_index="g_idx" in source)
+        return Units.of(found, self.layout.bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,12 @@ class Layout:
         size = shape[1] if self.group_size == -1 else self.group_size
         return Lattice.transposed(codes, scales, zeros.astype(np.int16), size)
 
+    def spread(self, load: Load, shape: tuple[int, int], start: int, stop: int, *, has_index: bool) -> Lattice:
+        """Codes of rows [start, stop), each with a zero and a scale of its own."""
+        codes, zeros, scales = self._fields(load, start, stop)
+        index = self._index(load, shape[1], has_index=has_index)
+        return Lattice.transposed(codes, scales[index], zeros.astype(np.int16)[index], 1)
+
     def _fields(self, load: Load, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Codes uint8 [in, n], zeros uint8 [groups, n] and scales float32 [groups, n] of rows [start, stop)."""
         bits = self.settings.bits

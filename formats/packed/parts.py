@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.quant import foreign
+from weightsmith.quant.units import Units
 from weightsmith.types import Packed, Rows, TensorInfo
 
 FLOATS = ("F16", "BF16", "F32")
@@ -110,6 +111,9 @@ class Linear(Protocol):
 
     def as_blocks(self, codec: str, source: Source, start: int, stop: int) -> tuple[Packed, float] | None:
         """Rows [start, stop) as blocks of `codec` and the largest error of a weight; None where they do not fit."""
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Rows [start, stop) before they are scaled, and what numbers there are."""
 
 
 class Scheme(Protocol):

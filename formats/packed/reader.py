@@ -25,6 +25,7 @@ from weightsmith.formats.safetensors.reader import EMBEDDING, HEAD, SafetensorsR
 from weightsmith.formats.safetensors.strictjson import open_regular
 from weightsmith.quant import codecs
 from weightsmith.quant.blocks import row_nbytes
+from weightsmith.quant.units import Units
 from weightsmith.safename import resolve_inside
 from weightsmith.types import ModelConfig, Packed, TensorInfo, Vocab
 
@@ -201,6 +202,12 @@ class PackedReader:
             return None
         found = self._linears[name]
         return found.linear.as_blocks(codec, found.source, start, stop)
+
+    def units(self, name: str, start: int, stop: int) -> Units | None:
+        """Rows [start, stop) of a packed tensor before they are scaled; None for one that is not packed."""
+        self.infos()
+        found = self._linears.get(name)
+        return found.linear.units(found.source, start, stop) if found is not None else None
 
     def _read(self, info: TensorInfo, begin: int, nbytes: int, *, into: Packed | None = None) -> Packed:
         """Bytes [begin, begin + nbytes) of a stored tensor."""

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError
 from weightsmith.formats.packed.parts import FLOATS, Part, Source
+from weightsmith.quant import foreign
 from weightsmith.quant.steps import Lattice, as_blocks, candidates
+from weightsmith.quant.units import Units
 from weightsmith.types import Packed, Rows, TensorInfo
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -70,6 +72,19 @@ class Scaled:
         if self.zero is not None and self.zero in source:
             zeros += self._at(source, self.zero, start, stop).astype(np.int16)
         return Lattice(codes, scales, zeros, self.block[1])
+
+    def units(self, source: Source, start: int, stop: int) -> Units:
+        """Rows [start, stop) before they are scaled."""
+        scales = np.broadcast_to(self._spread(self._at(source, self.scale, start, stop)), (stop - start, self.shape[1]))
+        numbers: Rows = source.rows("weight", start, stop).astype(np.float32)
+        codec = source.parts["weight"].codec
+        if codec in FLOAT8:
+            every = foreign.decode(codec, np.arange(256, dtype=np.uint8)[None])[0]
+            return Units(numbers, scales, table=np.unique(every[np.isfinite(every)]))
+        zeros: NDArray[np.float32] | float = 0.0
+        if self.zero is not None and self.zero in source:
+            zeros = self._spread(self._at(source, self.zero, start, stop).astype(np.float32))
+        return Units(numbers - zeros, scales, -128.0 - zeros, 127.0 - zeros)
 
     def _at(self, source: Source, part: str, start: int, stop: int) -> NDArray[Any]:
         """A number for every row and block of columns, [stop - start, in / block columns]."""
