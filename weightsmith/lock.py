@@ -42,7 +42,7 @@ from weightsmith.store import Entry, File, locked
 NAME = "weights.lock"
 MAX_BYTES = 64 << 20
 _HEAD = "# Written by `weightsmith pull SOURCE --lock`; `weightsmith pull --locked` pulls exactly this.\nformat = 1\n"
-_WORDS = ("revision", "commit", "version", "wheel_sha256", "licence")
+_WORDS = ("revision", "commit", "created", "version", "wheel_sha256", "licence")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 
 

@@ -95,6 +95,8 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.plain: dict[str, bytes] = {}
+        self.renamed: dict[str, str] = {}  # repositories that answer under another name
+        self.created: str | None = None  # when every repository was made
         self.tokens: set[str] = set()
         self.counting = threading.Lock()
         self.log: list[Request] = []
@@ -206,7 +208,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             gated = "manual" if repo.gated else False
             card = {"license": repo.licence}
             name = name.removeprefix("datasets/")
-            info = {"_id": "0", "id": name, "sha": commit.sha, "gated": gated, "cardData": card, "siblings": []}
+            info = {
+                "_id": "0",
+                "id": hub.renamed.get(name, name),
+                "createdAt": hub.created,
+                "sha": commit.sha,
+                "gated": gated,
+                "cardData": card,
+                "siblings": [],
+            }
             self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
         def tree(self, commit: Commit) -> None:

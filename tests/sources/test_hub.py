@@ -76,6 +76,23 @@ def test_moved_main_is_another_checkpoint(hub: Hub, tmp_path: Path, llama_files:
     assert run_pull(tmp_path, f"hf://{REPO}", env=env(hub), tag="new")["ok"] == "tiny-llama:new"
 
 
+@pytest.mark.slow
+def test_a_name_that_was_taken_anew_is_told(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
+    """R20: names are given up and taken by others; the hub says when a repository was made, and who answers."""
+    hub.created = "2025-01-01T00:00:00.000Z"
+    hub.add(REPO, llama_files)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["origin"]["created"].startswith("2025-01-01")
+    hub.add(REPO, {**llama_files, "LICENSE": b"other"})
+    assert "taken anew" not in run_pull(tmp_path, f"hf://{REPO}", env=env(hub), tag="b")["said"]
+    hub.created = "2026-02-02T00:00:00.000Z"
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub), tag="c")
+    assert "made on 2026-02-02" in got["said"]
+    assert "taken anew" in got["said"]
+    hub.renamed[REPO] = "other/Name"
+    assert "now answers as other/Name" in run_pull(tmp_path, f"hf://{REPO}", env=env(hub), tag="d")["said"]
+
+
 def test_main_moving_during_the_pull_changes_nothing(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes]) -> None:
     first = hub.add(REPO, llama_files)
 

@@ -31,7 +31,7 @@ from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, 
 from weightsmith.progress import Ticker, progress
 from weightsmith.sources import choose, download, keep, pins
 from weightsmith.sources.hub_errors import connection_errors, explain, explain_refusal, is_passing
-from weightsmith.sources.listing import Listed, Listing, checked, prove, remember, remembered
+from weightsmith.sources.listing import Listed, Listing, born, checked, prove, remember, remembered
 from weightsmith.sources.shelf import Shelf
 from weightsmith.sources.source import COMMIT, Fetched, FetchedFile, Source, bare_url, check_revision, check_url
 from weightsmith.store import take_in
@@ -105,7 +105,7 @@ def fetch(
                 done[name] = _take(running, listing, name, into / places[name], places[name])
     origin: dict[str, Any] = {"kind": "hf", "source": f"hf://{listing.repo}@{listing.commit}", "repo": listing.repo}
     origin |= {"commit": listing.commit, "revision": wanted, "endpoint": bare_url(session.endpoint)}
-    origin |= {"licence": listing.licence, "gated": listing.gated}
+    origin |= {"licence": listing.licence, "gated": listing.gated, "created": listing.created}
     kept = tuple(keep.folder_of(home, listing.files[name].identity) for name in names)
     return Fetched(into, tuple(done[name] for name in names), origin, kept)
 
@@ -136,6 +136,14 @@ def _listing(session: _Session, revision: str) -> Listing:
     if session.offline:
         return remembered(session.folder, session.repo, revision, where=session.where)
     listing = _ask(session, revision)
+    if listing.created is not None and (before := born(session.folder) - {listing.created}):
+        log.warning(
+            "%s was made on %s; what was pulled from there before, on %s. The name has been taken anew: "
+            "check that it is still who you mean",
+            session.where,
+            listing.created[:10],
+            min(before)[:10],
+        )
     remember(session.folder, listing, revision)
     return listing
 
@@ -183,6 +191,7 @@ def _ask(session: _Session, revision: str) -> Listing:
         files={entry.path: _listed(entry, session) for entry in entries if hasattr(entry, "blob_id")},
         licence=str(licence)[:200] if licence else None,
         gated=bool(info.gated),
+        created=info.created_at.isoformat() if info.created_at else None,
     )
 
 

@@ -61,6 +61,14 @@ class Listing:
     files: dict[str, Listed]
     licence: str | None
     gated: bool
+    created: str | None = None  # when the repository was made, as the hub says
+
+
+def born(folder: Path) -> set[str]:
+    """When the repository was made, by the listings kept in `folder`: more than one answer, or another one than now's,
+    means that the name was given up and taken anew, maybe by somebody else."""
+    kept = [_read_json(path) for path in folder.glob("*.json") if COMMIT.fullmatch(path.stem)]
+    return {raw["created"] for raw in kept if isinstance(raw, dict) and isinstance(raw.get("created"), str)}
 
 
 def prove(path: Path, listed: Listed, ticker: Ticker | None = None) -> tuple[str, str]:
@@ -117,8 +125,8 @@ def remembered(folder: Path, repo: str, revision: str, *, where: str) -> Listing
             hint="Run the same pull once without --offline (and without HF_HUB_OFFLINE).",
         )
     files = {name: checked(name, entry, where) for name, entry in raw["files"].items()}
-    licence = raw.get("licence")
-    return Listing(repo, commit, files, licence if isinstance(licence, str) else None, bool(raw.get("gated")))
+    licence, created = (raw.get(key) if isinstance(raw.get(key), str) else None for key in ("licence", "created"))
+    return Listing(repo, commit, files, licence, bool(raw.get("gated")), created)
 
 
 def _read_json(path: Path) -> object:
