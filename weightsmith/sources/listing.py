@@ -65,8 +65,10 @@ class Listing:
 
 
 def born(folder: Path) -> set[str]:
-    """When the repository was made, by the listings kept in `folder`: more than one answer, or another one than now's,
-    means that the name was given up and taken anew, maybe by somebody else."""
+    """When the repository was made, by the listings kept in `folder`.
+
+    Another answer than now's means that the name was given up and taken anew, maybe by somebody else.
+    """
     kept = [_read_json(path) for path in folder.glob("*.json") if COMMIT.fullmatch(path.stem)]
     return {raw["created"] for raw in kept if isinstance(raw, dict) and isinstance(raw.get("created"), str)}
 
