@@ -50,12 +50,7 @@ def quantize(folder: Path, out: Path) -> list[str]:
 def stopped(args: list[str], after: int, signum: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", RUN, str(after), str(int(signum)), *args]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=heed_interrupts)
-
-
-def heed_interrupts() -> None:
-    """A test suite in the background runs with SIGINT ignored, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def sha256(path: Path) -> str:

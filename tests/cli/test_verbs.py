@@ -274,12 +274,7 @@ def slow_conversion(folder: Path, out: Path, home: Path) -> subprocess.Popen[str
     )
     env = os.environ | {"WEIGHTSMITH_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509  (no thread here holds a lock)
-
-
-def heed_interrupts() -> None:
-    """A test suite in the background runs with SIGINT ignored, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])

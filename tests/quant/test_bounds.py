@@ -212,8 +212,9 @@ def test_a_scale_that_no_weights_give_is_refused() -> None:
 def test_a_line_that_no_weights_give_is_refused() -> None:
     rng = np.random.default_rng(6)
     codes = np.arange(16.0)[None].repeat(2, axis=1)
-    weights = 0.1 * codes + 0.3 + rng.uniform(-0.04, 0.04, codes.shape)
-    for step, start, fits in ((0.1, 0.3, True), (0.1, 0.35, False), (0.09, 0.25, False), (0.12, 0.3, False)):
+    weights = 0.1 * codes + 0.3 + rng.uniform(-0.004, 0.004, codes.shape)
+    # The second and third line lie on one side of all weights, the fourth above those of the upper codes alone.
+    for step, start, fits in ((0.1, 0.3, True), (0.1, 0.35, False), (0.09, 0.25, False), (0.12, 0.21, False)):
         found = refit.exists(weights, codes, (0, 15), np.array([step]), np.array([start]))
         assert found[0] == fits, (step, start)
 

@@ -124,14 +124,14 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w, h = problem(512, rows=40)
     inputs = Inputs.of(h, 0.01)
     grid, codes = opened("Q4_K", w, inputs, torch.float32)
-    rows, slope = grid.rows(grid.places[:128]), (inputs.h @ w.T)[:128]
+    slope = (inputs.h @ w.T)[:128]
     q = grid.weights(codes, grid.places)[:128]
     found = []
     for count in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         monkeypatch.setattr(rowwise, "LEAST", 1)
         corner = inputs.h[:128, :128]
-        found.append(rowwise.descend(slope, corner, rows, grid.levels, codes=codes[:128], q=q))
+        found.append(rowwise.descend(slope, corner, grid, grid.places[:128], codes=codes[:128], q=q))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
