@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,12 +116,14 @@ class PackedReader:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Canonical tensors in the family's order, packed ones in the type that their weights are handed out in.
 
-        IntegrityError for one missing, unknown or of another shape or type than the configuration calls for.
+        IntegrityError for one missing, unknown or of another shape or type than the configuration calls for,
+        UnsupportedError for names that a wrapper or another program gave (see `archs.renamed`).
         """
         if self._infos is None:
             config = self.config
             family = archs.by_name(config.family)
             left = dict(self.native_infos())
+            self._refuse_other_names(family)
             if config.tie_word_embeddings:
                 left.pop(HEAD, None)
             found = {name: self._take(name, shape, left) for name, shape in family.tensors(config).items()}
@@ -133,6 +136,17 @@ class PackedReader:
                     )
             self._infos = found
         return self._infos
+
+    def _refuse_other_names(self, family: ModuleType) -> None:
+        rename = getattr(family, "hf_name", str)
+        other = next((name for name in self.native_infos() if rename(name) != name), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"packed weights are read under {rename(other)!r} and the like only",
+                path=self.path,
+                tensor=other,
+                hint="Start from the original checkpoint in full precision.",
+            )
 
     def _linear(self, name: str, shape: tuple[int, int]) -> Linear | None:
         stored = self.native_infos()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from weightsmith.errors import UnsupportedError
+from weightsmith.formats.packed.settings import OLD_NAME
 from weightsmith.formats.pickles import demand_permission, is_pickled, is_saved, read_tensors
 from weightsmith.formats.safetensors.header import Header, is_safetensors, read_header
 from weightsmith.formats.safetensors.index import TORCH, find_weights, is_checkpoint
@@ -41,8 +43,8 @@ def sniff(path: Path) -> bool:
 def open_reader(path: Path, *, allow_pickle: bool = False) -> SafetensorsReader:
     """Open a folder or a single file; reads headers and pickles only, and runs nothing in them.
 
-    Raises UnsafeInputError for pickled weights unless `allow_pickle`, and what `SafetensorsReader` and
-    `pickles.read_tensors` raise.
+    Raises UnsafeInputError for pickled weights unless `allow_pickle`, UnsupportedError for packed ones, and what
+    `SafetensorsReader` and `pickles.read_tensors` raise.
     """
 
     def read(handle: int, size: int, *, path: Path) -> Header:
@@ -54,4 +56,10 @@ def open_reader(path: Path, *, allow_pickle: bool = False) -> SafetensorsReader:
         return Header(read_tensors(handle, size, path=path), {})
 
     path = Path(os.path.abspath(path))
+    if path.is_dir() and (path / OLD_NAME).exists():
+        raise UnsupportedError(
+            f"packed weights ({OLD_NAME}) in pickles; only those in safetensors are read",
+            path=path,
+            hint="Start from the original checkpoint in full precision.",
+        )
     return SafetensorsReader(path, container=NAME, weights=find_weights(path, TORCH), read=read)

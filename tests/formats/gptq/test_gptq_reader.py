@@ -242,3 +242,18 @@ def test_the_oracle_would_notice_a_wrong_shift() -> None:
     assert (packed(linear, 4, 0)["qzeros"] != packed(linear, 4, 1)["qzeros"]).any()
     symmetric = random_linear((32, 32), 4, 32, sym=True)
     assert set(packed(symmetric, 4, 1)["qzeros"].ravel().tolist()) == {0x77777777}
+
+
+def test_names_of_a_wrapper_are_refused_by_name(tmp_path: Path) -> None:
+    """A text model beside an image encoder, packed: not a "missing" tensor, which would send people to pull again."""
+    from safetensors.numpy import load_file, save_file
+
+    folder, _ = write_folder(tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"language_model.{name}": value for name, value in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedError, match="only") as caught:
+        formats.open_reader(folder).infos()
+    assert str(caught.value.tensor).startswith("language_model.")

@@ -139,6 +139,13 @@ def test_a_matrix_that_was_saved_turned_is_refused_by_name(tmp_path: Path, capsy
     assert name in capsys.readouterr().err
 
 
+def test_packed_weights_in_pickles_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = write_pickled(tmp_path / "bin")
+    (made / "quantize_config.json").write_text('{"bits": 4, "group_size": 128, "desc_act": false, "sym": true}')
+    assert run(["show", str(made), "--allow-pickle"]) == 1
+    assert "quantize_config.json" in capsys.readouterr().err
+
+
 def test_only_with_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = write_pickled(tmp_path / "bin")
     out = str(tmp_path / "out")
