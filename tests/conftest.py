@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -36,6 +39,21 @@ for _name, _path in (
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has its own catalog and never sees the user's."""
     monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "weightsmith-home"))
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a verb, expect its exit code, and return its JSON."""
+
+    def call(*args: str, code: int = 0) -> dict[str, Any]:
+        from weightsmith.cli.app import run
+
+        capsys.readouterr()
+        assert run([*args, "--json", "-q"]) == code
+        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return parsed
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -11,22 +11,10 @@ from typing import Any
 import pytest
 
 from tests.tiny import write_llama
-from weightsmith.cli.app import run
 from weightsmith.formats import open_reader
 from weightsmith.store import File, digest_of
 
 Told = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    def call(*args: str, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*args, "--json", "-q"]) == code
-        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return parsed
-
-    return call
 
 
 @pytest.fixture

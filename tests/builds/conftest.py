@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -65,19 +64,6 @@ def build(capsys: pytest.CaptureFixture[str]) -> Build:
         assert run(["build", *args, "--json", "-q"]) == code
         parsed = json.loads(capsys.readouterr().out)
         return {job["ref"]: job["status"] for job in parsed["jobs"]}
-
-    return call
-
-
-@pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Run any verb and return its JSON."""
-
-    def call(*args: str, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*args, "--json", "-q"]) == code
-        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return parsed
 
     return call
 

@@ -23,17 +23,6 @@ OLD = time.time() - 8 * 24 * 3600
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    def call(*args: str, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*args, "--json", "-q"]) == code
-        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return parsed
-
-    return call
-
-
-@pytest.fixture
 def catalog(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Path:
     """tiny:original, tiny:f16, tiny:q8_0 made from that; returns the home folder."""
     write_llama(tmp_path / "tiny")

@@ -24,17 +24,6 @@ REPO = "org/Tiny-Llama"
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    def call(*args: str, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*args, "--json", "-q"]) == code
-        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return parsed
-
-    return call
-
-
-@pytest.fixture
 def tiny(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Path:
     """tiny:original and tiny:q8_0, whose source is gone; returns the catalog's home."""
     write_llama(tmp_path / "tiny")

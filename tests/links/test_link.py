@@ -16,24 +16,12 @@ import pytest
 from tests.loopback.hub import Hub
 from tests.loopback.pull import run_pull
 from tests.tiny import write_llama
-from weightsmith.cli.app import run
 from weightsmith.errors import UsageError
 from weightsmith.links import place
 from weightsmith.store import File
 
 Told = Callable[..., dict[str, Any]]
 REPO = "org/Tiny-Llama"
-
-
-@pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    def call(*args: str, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert run([*args, "--json", "-q"]) == code
-        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return parsed
-
-    return call
 
 
 @pytest.fixture
