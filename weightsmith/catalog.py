@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from weightsmith import index, inventory, oci, store
 from weightsmith._version import __version__
@@ -43,6 +43,9 @@ from weightsmith.progress import progress
 from weightsmith.safename import check_name
 from weightsmith.store import RECORD, Entry, File, digest_of, read_record, record_text
 from weightsmith.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from weightsmith.types import Reader
 
 __all__ = ["Catalog", "Entry", "File", "Removed", "Reservation", "Summary", "tag_for"]
 
@@ -293,7 +296,9 @@ class Reservation:
         sizes = {
             file.path: file.size for file in _hashed(self.folder, {file.path: file.sha256 for file in entry.files})
         }
-        container, _ = _opened(self.folder, entry.files, allow_pickle=allow_pickle)
+        container, _, template = _opened(self.folder, entry.files, allow_pickle=allow_pickle)
+        if entry.chat_template is not None and template != entry.chat_template:
+            raise IntegrityError(f"the chat template of {entry.ref} is not the one its record says", path=self.folder)
         if container != entry.container or sizes != {file.path: file.size for file in entry.files}:
             raise IntegrityError(f"{entry.ref} is not the {entry.container} that its record says", path=self.folder)
 
@@ -347,7 +352,7 @@ class Reservation:
     ) -> Entry:
         _hoist(self.folder)
         files = _hashed(self.folder, hashes)
-        container, codec = _opened(self.folder, files, allow_pickle=allow_pickle)
+        container, codec, template = _opened(self.folder, files, allow_pickle=allow_pickle)
         return Entry(
             name=self.name,
             tag=self.tag,
@@ -360,6 +365,7 @@ class Reservation:
             origin=origin,
             parent=parent.digest if parent else None,
             parent_ref=parent.ref if parent else None,
+            chat_template=template,
         )
 
     def __enter__(self) -> Self:
@@ -380,8 +386,8 @@ def _hoist(folder: Path) -> None:
         inner.rename(folder)
 
 
-def _opened(folder: Path, files: tuple[File, ...], *, allow_pickle: bool) -> tuple[str, str]:
-    """Container and most frequent codec (by weights) of the checkpoint in `folder`."""
+def _opened(folder: Path, files: tuple[File, ...], *, allow_pickle: bool) -> tuple[str, str, str | None]:
+    """Container, most frequent codec (by weights) and chat template's hash of the checkpoint in `folder`."""
     from weightsmith.formats import open_reader  # noqa: PLC0415  (listing the catalog needs no container)
 
     ggufs = [file.path for file in files if file.path.endswith(".gguf")]
@@ -390,9 +396,21 @@ def _opened(folder: Path, files: tuple[File, ...], *, allow_pickle: bool) -> tup
         weights: dict[str, int] = {}
         for info in reader.native_infos().values():
             weights[info.codec] = weights.get(info.codec, 0) + info.n_weights
-        return reader.container, max(weights, key=lambda codec: weights[codec], default="")
+        return reader.container, max(weights, key=lambda codec: weights[codec], default=""), _template(reader)
     finally:
         reader.close()
+
+
+def _template(reader: Reader) -> str | None:
+    """The chat template's SHA-256; "" without one, None for one that cannot be read: no fault of the weights."""
+    from weightsmith.formats.tokenizer.template import template_of, template_sha256  # noqa: PLC0415
+
+    try:
+        template = template_of(reader)
+    except WeightsmithError as error:
+        log.warning("the chat template is not recorded: %s", error)
+        return None
+    return template_sha256(template) if template is not None else ""
 
 
 def _hashed(folder: Path, known: Mapping[str, str]) -> tuple[File, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.errors import UnsupportedError
+from weightsmith.formats.tokenizer.template import template_sha256
 from weightsmith.progress import Ticker, progress
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.types import Reader, TensorInfo, Vocab
@@ -176,7 +177,7 @@ def _bytes_sum(info: TensorInfo, ticker: Ticker) -> str:
 
 
 def _hash(text: str | None) -> str | None:
-    return None if text is None else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}, {len(text)} characters"
+    return None if text is None else f"sha256 {template_sha256(text)[:12]}, {len(text)} characters"
 
 
 def _plain(value: Any) -> Any:

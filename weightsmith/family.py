@@ -97,3 +97,19 @@ def _above(node: Node[E], below: Node[E], by_digest: dict[str, Node[E]]) -> bool
         seen.add(here.entry.ref)
         here = by_digest.get(here.entry.parent or "")
     return here is not None
+
+
+def template_change(entry: Entry, parent: Entry | None) -> str | None:
+    """How the chat template of `entry` differs from that of what it was made from, for people; None where it does not.
+
+    None too where either record is from before templates were noted.
+    """
+    if parent is None or entry.parent != parent.digest:
+        return None
+    mine, theirs = entry.chat_template, parent.chat_template
+    if mine is None or theirs is None or mine == theirs:
+        return None
+    if not mine:
+        return f"the chat template of {parent.ref} (sha256 {theirs[:12]}) is missing"
+    was = f"sha256 {theirs[:12]}" if theirs else "which has none"
+    return f"the chat template (sha256 {mine[:12]}) is not that of {parent.ref}, {was}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.catalog import ORIGINAL, Catalog
 from weightsmith.errors import OutputExistsError
@@ -15,7 +15,12 @@ from weightsmith.sources.source import bare_url
 from weightsmith.store import Entry
 from weightsmith.suggest import lookalike
 
+if TYPE_CHECKING:
+    from weightsmith.formats.findings import Finding
+
 log = logging.getLogger(__name__)
+
+_SHOWN = 5  # findings in a warning; `show` lists all
 
 
 def pull(  # noqa: PLR0913  (the options of one verb)
@@ -105,7 +110,27 @@ def _take(
         allow_pickle = bool(options.get("allow_pickle"))
         entry = reservation.commit(origin=origin, hashes=hashes, overwrite=overwrite, allow_pickle=allow_pickle)
         settle(fetched)
+        _warn_of_findings(entry, allow_pickle=allow_pickle)
         return entry
+
+
+def found_in(entry: Entry, *, allow_pickle: bool = False) -> list[Finding]:
+    """Keys in the files of `entry` by which other programs would fetch or run code."""
+    from weightsmith.formats import open_reader  # noqa: PLC0415  (what is in the catalog needs no container)
+    from weightsmith.formats.findings import findings  # noqa: PLC0415
+
+    reader = open_reader(entry.path, allow_pickle=allow_pickle)
+    try:
+        return findings(reader)
+    finally:
+        reader.close()
+
+
+def _warn_of_findings(entry: Entry, *, allow_pickle: bool) -> None:
+    found = found_in(entry, allow_pickle=allow_pickle)
+    if found:
+        told = "; ".join(map(str, found[:_SHOWN])) + ("; ..." if len(found) > _SHOWN else "")
+        log.warning("%s: other programs may run or fetch code by these, weightsmith does not: %s", entry.ref, told)
 
 
 def _warn_of_lookalikes(catalog: Catalog, repo: str) -> None:

@@ -69,7 +69,8 @@ class Entry:
     container: of `weightsmith.formats`. type: of its weights, the most frequent one ("Q4_0", "BF16"). parent: digest of
     what it was made from, and parent_ref its name then. origin: where it was pulled from (see `sources.Fetched`).
     recipe: how it was made. created: UTC, ISO 8601. evaluations: results in the order they came. nbytes: of all files.
-    alias_of: the tag that an alias stands for (its files are links to the same bytes).
+    alias_of: the tag that an alias stands for (its files are links to the same bytes). chat_template: SHA-256 of its
+    UTF-8 bytes, "" where there is none, None where nobody looked (records from before it was noted).
     """
 
     name: str
@@ -87,6 +88,7 @@ class Entry:
     licence: str | None = None
     evaluations: tuple[dict[str, Any], ...] = ()
     alias_of: str | None = None
+    chat_template: str | None = None
 
     @property
     def ref(self) -> str:
@@ -143,6 +145,7 @@ def parse_record(data: bytes, folder: Path, path: Path) -> Entry:
         entry = Entry(folder=folder, files=files, evaluations=evaluations, **raw)
         sound = entry.digest == digest_of(files) and (entry.name, entry.tag) == (folder.parent.name, folder.name)
         sound = sound and isinstance(entry.origin, dict)
+        sound = sound and (not entry.chat_template or HEX.fullmatch(entry.chat_template) is not None)
         sound = sound and all(isinstance(f.size, int) and HEX.fullmatch(f.sha256) for f in files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UnsafeInputError) as error:
         raise IntegrityError("the record is damaged", path=path, hint=hint) from error

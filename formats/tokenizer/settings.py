@@ -2,7 +2,8 @@
 
 Every value is checked for its type before use. A special token is written as text or as an object with `content`.
 Where chat_template.jinja stands beside a template in tokenizer_config.json, the file counts, as it does for
-transformers. Templates are opaque: never rendered, never changed.
+transformers; chat_template.json, which processors of images have, counts where there is no other. Templates are opaque:
+never rendered, never changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from weightsmith.safename import resolve_inside
 
 MAX_BYTES = 256 << 20
 MAX_SMALL = 16 << 20
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 MAX_CONTAINERS = 8_000_000  # each [ or { costs some 60 bytes of memory, however little file it takes
 
 Json = dict[str, Any]
@@ -110,13 +112,21 @@ class Settings:
                 return read_bytes(path, limit=MAX_SMALL).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise IntegrityError("not UTF-8", path=path) from error
-        value = self.config.get("chat_template")
+        value, where = self.config.get("chat_template"), self.path
+        if value is None and (beside := optional(self.folder, "chat_template.json")) is not None:
+            value, where = read_json(beside, limit=MAX_SMALL).get("chat_template"), beside
         if isinstance(value, list):
             defaults = [item for item in value if isinstance(item, Mapping) and item.get("name") == "default"]
             value = defaults[0].get("template") if defaults else None
         if value is not None and not isinstance(value, str):
-            raise IntegrityError(f"chat_template is a {type(value).__name__}, expected a string", path=self.path)
+            raise IntegrityError(f"chat_template is a {type(value).__name__}, expected a string", path=where)
+        if value is not None and not _is_unicode(value):
+            raise IntegrityError("chat_template holds half a surrogate pair, which is no text", path=where)
         return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def token_text(value: object) -> str | None:

@@ -8,7 +8,7 @@ import click
 
 from weightsmith.cli.options import common, source_argument
 from weightsmith.cli.output import emit, size_text
-from weightsmith.family import Node, dot, family_of, forest, tree_lines
+from weightsmith.family import Node, dot, family_of, forest, template_change, tree_lines
 from weightsmith.store import Entry
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ def command(source: str, as_dot: bool, as_json: bool) -> None:
     if as_dot:
         emit({"dot": dot([root], _label)}, dot([root], _label), as_json=as_json)
         return
+    above = {child.entry.ref: node.entry for _, node in tree_lines([root]) for child in node.children}
     lines = [f"{lead}{_line(node, entry)}" for lead, node in tree_lines([root])]
+    for _, node in tree_lines([root]):
+        if (change := template_change(node.entry, above.get(node.entry.ref))) is not None:
+            lines.append(f"{node.entry.ref}: {change}")
     if chain[-1].parent is not None:
         lines.append(f"{chain[-1].ref} was made from {chain[-1].parent_ref}, which is not in the catalog any more.")
-    result = {"source": entry.ref, "lineage": [item.ref for item in chain], "family": _plain(root)}
+    result = {"source": entry.ref, "lineage": [item.ref for item in chain], "family": _plain(root, None)}
     emit(result, "\n".join(lines), as_json=as_json)
 
 
@@ -70,7 +74,8 @@ def _label(entry: Entry) -> str:
     return f"{entry.ref}\n{_how(entry)}\n{entry.digest[:12]}"
 
 
-def _plain(node: Node[Entry]) -> dict[str, Any]:
+def _plain(node: Node[Entry], parent: Entry | None) -> dict[str, Any]:
     entry = node.entry
     found = {"ref": entry.ref, "digest": entry.digest, "parent": entry.parent, "recipe": entry.recipe}
-    return {**found, "aliases": node.aliases, "made": [_plain(child) for child in node.children]}
+    found |= {"chat_template": entry.chat_template, "chat_template_change": template_change(entry, parent)}
+    return {**found, "aliases": node.aliases, "made": [_plain(child, entry) for child in node.children]}

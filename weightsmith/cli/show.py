@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -27,6 +28,7 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
     from weightsmith import formats
     from weightsmith.aliases import evidence, held_back
     from weightsmith.catalog import Catalog
+    from weightsmith.family import template_change
     from weightsmith.locate import locate
 
     catalog = Catalog()
@@ -37,11 +39,13 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
     finally:
         reader.close()
     if located.entry is not None:
+        chain = catalog.lineage(located.entry.ref)
         result["catalog"] = {
             "ref": located.entry.ref,
             "digest": located.entry.digest,
             "origin": located.entry.origin,
-            "lineage": [entry.ref for entry in catalog.lineage(located.entry.ref)],
+            "lineage": [entry.ref for entry in chain],
+            "chat_template_change": template_change(chain[0], chain[1] if len(chain) > 1 else None),
             "licence": located.entry.licence,
             "alias_of": located.entry.alias_of,
             "evaluations": list(located.entry.evaluations),
@@ -53,6 +57,8 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
 
 def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]:
     """Everything `show` knows about an open checkpoint, as plain values."""
+    from weightsmith.formats.findings import findings
+
     infos = list(reader.native_infos().values())
     nbytes, weights = sum(info.nbytes for info in infos), _parameters(reader)
     result: dict[str, Any] = {
@@ -66,6 +72,8 @@ def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]
         "bpw": round(8 * nbytes / max(1, weights), 4),
         "types": _types(infos),
         "model": _model(reader),
+        "chat_template": _template(reader),
+        "findings": [asdict(one) for one in findings(reader)],
     }
     if tensors:
         result["tensor_list"] = [
@@ -74,6 +82,16 @@ def describe(reader: Reader, *, tensors: bool, metadata: bool) -> dict[str, Any]
     if metadata:
         result["metadata"] = {key: _short(value) for key, value in reader.metadata().items()}
     return result
+
+
+def _template(reader: Reader) -> dict[str, Any] | None:
+    from weightsmith.formats.tokenizer.template import template_of, template_sha256
+
+    try:
+        template = template_of(reader)
+    except WeightsmithError as error:
+        return {"sha256": None, "unreadable": error.message}
+    return None if template is None else {"sha256": template_sha256(template), "characters": len(template)}
 
 
 def _parameters(reader: Reader) -> int:
@@ -143,6 +161,12 @@ def _short(value: Any) -> Any:
     return value
 
 
+def _template_text(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return found.get("unreadable") or f"sha256 {found['sha256']}, {found['characters']} characters"
+
+
 def _text(result: dict[str, Any]) -> str:
     model = dict(result["model"])
     for name, text in (
@@ -157,6 +181,7 @@ def _text(result: dict[str, Any]) -> str:
         "container": f"{result['container']}, {result['files']} file(s), {size_text(result['file_bytes'])}",
         "parameters": f"{count_text(result['parameters'])} in {result['tensors']} tensors",
         "bits per weight": f"{result['bpw']:.3f}",
+        "chat template": _template_text(result["chat_template"]),
     }
     blocks = [fields(head | {name.replace("_", " "): value for name, value in model.items()})]
     if "catalog" in result:
@@ -169,6 +194,7 @@ def _text(result: dict[str, Any]) -> str:
                     "digest": known["digest"],
                     "origin": origin,
                     "lineage": " <- ".join(known["lineage"]),
+                    "changed": known["chat_template_change"],
                     "licence": known["licence"],
                     "alias of": known["alias_of"],
                     **{f"gate {name}": found for name, found in known["gates"].items()},
@@ -176,6 +202,9 @@ def _text(result: dict[str, Any]) -> str:
                 }
             )
         )
+    if result["findings"]:
+        told = [f"{one['file']}: {one['key'] and one['key'] + ' = '}{one['value']}" for one in result["findings"]]
+        blocks.append("\n  ".join(["Other programs may run or fetch code by these; weightsmith does not:", *told]))
     rows = [
         (name, n["tensors"], count_text(n["weights"]), size_text(n["bytes"])) for name, n in result["types"].items()
     ]

@@ -14,7 +14,6 @@ Ref: ECMA-424 (CycloneDX 1.6), bom-1.6.schema.json.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Sequence
@@ -55,15 +54,18 @@ class Model:
 def read_model(entry: Entry) -> Model:
     """What the files of `entry` say, from headers and the tokenizer; nothing of what this version cannot read."""
     from weightsmith import formats  # noqa: PLC0415  (a bill of what is known needs no container)
+    from weightsmith.formats.tokenizer.template import template_of  # noqa: PLC0415
 
     try:
         reader = formats.open_reader(entry.path)
     except WeightsmithError:
         return Model()
     try:
-        family = reader.config.family
-        vocab = reader.vocab()
-        return Model(family, vocab.chat_template if vocab is not None else None)
+        template = template_of(reader)
+        try:
+            return Model(reader.config.family, template)
+        except WeightsmithError:
+            return Model(None, template)
     except WeightsmithError:
         return Model()
     finally:
@@ -123,13 +125,14 @@ def _file(file: File, *, within: Entry | None = None) -> dict[str, Any]:
 
 
 def _template(chat_template: str) -> dict[str, Any]:
-    digest = hashlib.sha256(chat_template.encode()).hexdigest()
+    from weightsmith.formats.tokenizer.template import template_sha256  # noqa: PLC0415  (as in read_model)
+
     data = [{"type": "source-code", "name": "chat template", "classification": "jinja"}]
     return {
         "type": "data",
         "bom-ref": "chat-template",
         "name": "chat template",
-        "hashes": [_hash(digest)],
+        "hashes": [_hash(template_sha256(chat_template))],
         "data": data,
     }
 
