@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,21 @@ class Finding:
 
 def findings(reader: Reader) -> list[Finding]:
     """What is found in the files of an open checkpoint and beside them, at most MAX_FOUND."""
-    found: list[Finding] = []
-    for one in _all(reader):
-        found.append(one)
-        if len(found) == MAX_FOUND:
-            break
-    return found
+    if reader.container != "gguf":
+        return in_folders({path.parent for path in reader.files()})
+    metadata = reader.metadata()
+    keys = [key for key in metadata if KEYS.fullmatch(key.rpartition(".")[2])]
+    return [Finding(reader.path.name, key, _short(metadata[key])) for key in keys[:MAX_FOUND]]
 
 
-def _all(reader: Reader) -> Iterator[Finding]:
-    if reader.container == "gguf":
-        keys = [key for key in reader.metadata() if KEYS.fullmatch(key.rpartition(".")[2])]
-        yield from (Finding(reader.path.name, key, _short(reader.metadata()[key])) for key in keys)
-        return
-    folders = sorted({path.parent for path in reader.files()})
-    for folder in folders[:2]:
-        yield from _beside(sorted(path for path in folder.iterdir() if path.is_file())[:MAX_FILES])
+def in_folders(folders: Iterable[Path]) -> list[Finding]:
+    """What is found in folders of a checkpoint whose weights need not be opened, at most MAX_FOUND."""
+    found = (one for folder in sorted(set(folders)) for one in _beside(folder))
+    return list(islice(found, MAX_FOUND))
 
 
-def _beside(paths: Iterable[Path]) -> Iterator[Finding]:
-    for path in paths:
+def _beside(folder: Path) -> Iterator[Finding]:
+    for path in sorted(path for path in folder.iterdir() if path.is_file())[:MAX_FILES]:
         if path.suffix in PROGRAMS:
             yield Finding(path.name, "", "a program")
         elif path.suffix == ".json" and not _NO_SETTINGS.fullmatch(path.name):

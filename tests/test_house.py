@@ -44,6 +44,7 @@ LAYERS = (
             "weightsmith.rebuild",
             "weightsmith.audit",
             "weightsmith.droppable",
+            "weightsmith.update",
         ),
         *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),
         *("weightsmith.orders", "weightsmith.jobs"),

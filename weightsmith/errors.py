@@ -10,6 +10,7 @@
 | 5 | a quality gate failed |
 | 6 | not enough disk or memory |
 | 7 | not found, or no access (which of the two is in the message) |
+| 8 | a name stands for somebody or something else than it did |
 | 130 | interrupted |
 """
 
@@ -92,6 +93,12 @@ class AccessError(WeightsmithError):
     """It exists but may not be read: no token, or a licence not accepted yet."""
 
     exit_code = 7
+
+
+class OwnerChangedError(WeightsmithError):
+    """A repository's name was taken anew, or leads elsewhere: what is there now need not be from whom it was."""
+
+    exit_code = 8
 
 
 class InterruptedRunError(WeightsmithError):

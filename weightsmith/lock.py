@@ -9,6 +9,9 @@
     source = "hf://org/Tiny-Llama"               # where it lies; a registry name is resolved
     revision = "main"
     commit = "3f5e..."
+    created = "2024-07-18T08:12:23+00:00"        # the repository, whose it is, and the hub's own number of it:
+    author = "org"                               # `weightsmith update` follows the name only while these stay
+    repository = "6699a1f3..."
     licence = "apache-2.0"
     files = [
       { path = "config.json", size = 651, sha256 = "..." },
@@ -42,13 +45,14 @@ from weightsmith.store import Entry, File, locked
 NAME = "weights.lock"
 MAX_BYTES = 64 << 20
 _HEAD = "# Written by `weightsmith pull SOURCE --lock`; `weightsmith pull --locked` pulls exactly this.\nformat = 1\n"
-_WORDS = ("revision", "commit", "created", "version", "wheel_sha256", "licence")
+IDENTITY = ("created", "author", "repository", "answers")  # of a hub repository; see sources.listing.Listing
+_WORDS = ("revision", "commit", *IDENTITY, "version", "wheel_sha256", "licence")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """One model of a lock. pins: revision, commit, version, wheel_sha256 and licence, as far as its source has them."""
+    """One model of a lock. pins: those of _WORDS that its source has."""
 
     name: str
     tag: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.catalog import ORIGINAL, Catalog
 from weightsmith.errors import OutputExistsError
-from weightsmith.lock import Locked, compare
+from weightsmith.lock import IDENTITY, Locked, compare
 from weightsmith.sources import Source, catalog_name, fetch, parse, settle
 from weightsmith.sources.source import bare_url
 from weightsmith.store import Entry
@@ -83,13 +83,41 @@ def pull_locked(
             continue
         options = {"include": one.include, "offline": offline, "allow_pickle": allow_pickle}
         where = one.name, one.tag
-        pins: dict[str, str] = {word: one.pins[word] for word in ("revision", "licence") if word in one.pins}
+        pins: dict[str, str] = {word: one.pins[word] for word in ("revision", "licence", *IDENTITY) if word in one.pins}
         entry = _take(
             catalog, one.to_source(), where, asked=list(one.asked), overwrite=overwrite, options=options, more=pins
         )
         compare(one, entry)
         entries.append(entry)
     return entries
+
+
+def pull_commit(
+    catalog: Catalog, one: Locked, repo: str, commit: str, *, licence: str | None, allow_pickle: bool = False
+) -> Entry:
+    """Replace the hub model `one` by another commit, of `repo`; what was asked for and the revision stay.
+
+    licence: where the hub says none. Raises OutputExistsError if the name holds a model from elsewhere, and what `pull`
+    raises.
+    """
+    old = catalog.get(one.ref) if catalog.has(one.name, one.tag) else None
+    known = (parse(one.source).target, repo)
+    if old is not None and old.origin.get("repo") not in known:
+        hint = "The lock and the catalog disagree. Remove one of them."
+        raise OutputExistsError(f"{one.ref} in the catalog is from {old.origin.get('source')}", hint=hint)
+    more: dict[str, Any] = {"revision": one.pins.get("revision", "main")}
+    if old is not None and "registry" in old.origin:
+        more["registry"] = old.origin["registry"]
+    if licence is not None:
+        more["licence"] = licence
+    asked = list(old.origin.get("asked") or one.asked) if old is not None else list(one.asked)
+    options = {"include": one.include, "offline": False, "allow_pickle": allow_pickle}
+    source = Source("hf", f"hf://{repo}", repo, commit)
+    entry = _take(catalog, source, (one.name, one.tag), asked=asked, overwrite=True, options=options, more=more)
+    if old is not None and old.digest == entry.digest:
+        for evaluation in old.evaluations:  # the same bytes: what was measured still holds
+            entry = catalog.evaluated(entry.ref, evaluation)
+    return entry
 
 
 def _take(
@@ -110,24 +138,26 @@ def _take(
         allow_pickle = bool(options.get("allow_pickle"))
         entry = reservation.commit(origin=origin, hashes=hashes, overwrite=overwrite, allow_pickle=allow_pickle)
         settle(fetched)
-        _warn_of_findings(entry, allow_pickle=allow_pickle)
+        _warn_of_findings(entry)
         return entry
 
 
-def found_in(entry: Entry, *, allow_pickle: bool = False) -> list[Finding]:
-    """Keys in the files of `entry` by which other programs would fetch or run code."""
+def found_in(entry: Entry) -> list[Finding]:
+    """Keys in the files of `entry` by which other programs would fetch or run code; no weights are opened for it."""
     from weightsmith.formats import open_reader  # noqa: PLC0415  (what is in the catalog needs no container)
-    from weightsmith.formats.findings import findings  # noqa: PLC0415
+    from weightsmith.formats.findings import findings, in_folders  # noqa: PLC0415
 
-    reader = open_reader(entry.path, allow_pickle=allow_pickle)
+    if entry.container != "gguf":
+        return in_folders((entry.folder / file.path).parent for file in entry.files)
+    reader = open_reader(entry.path)
     try:
         return findings(reader)
     finally:
         reader.close()
 
 
-def _warn_of_findings(entry: Entry, *, allow_pickle: bool) -> None:
-    found = found_in(entry, allow_pickle=allow_pickle)
+def _warn_of_findings(entry: Entry) -> None:
+    found = found_in(entry)
     if found:
         told = "; ".join(map(str, found[:_SHOWN])) + ("; ..." if len(found) > _SHOWN else "")
         log.warning("%s: other programs may run or fetch code by these, weightsmith does not: %s", entry.ref, told)

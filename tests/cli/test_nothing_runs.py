@@ -87,3 +87,29 @@ def test_findings_of_a_pull_from_the_hub(tmp_path: Path) -> None:
         hub.close()
     assert not [request.path for request in hub.log if request.path.endswith((".py", ".sh")) or "other" in request.path]
     assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".py", ".sh")]
+
+
+@pytest.mark.slow
+def test_templates_are_not_rendered(tmp_path: Path) -> None:
+    """R17: a template that never ends, and no verb that takes it for more than a text so much as loads jinja2."""
+    folder = write_llama(tmp_path / "tiny")
+    endless = "{% for a in range(10 ** 9) %}{% for b in range(10 ** 9) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    (tmp_path / "text.txt").write_text("The forge was cold and the smith was late. " * 60)
+    steps = (
+        ["pull", "./tiny"],
+        ["convert", "tiny", "--to", "gguf"],
+        ["quantize", "tiny", "--to", "gguf:Q8_0"],
+        ["quantize", "tiny", "--to", "gguf:Q4_0", "--calibrate", "text.txt", "--rows", "2", "--ctx", "16"],
+        ["eval", "tiny:q8_0", "--text", "text.txt", "--ctx", "32", "--windows", "2"],
+        ["verify", "tiny:q8_0", "--text", "text.txt", "--ctx", "32", "--windows", "2", "--max-ppl-ratio", "2"],
+        ["show", "tiny:q8_0"],
+        ["audit", "tiny:q8_0", "--against", "tiny"],
+        ["provenance", "tiny:q8_0", "--format", "cyclonedx", "-o", "bom.json"],
+    )
+    program = "import sys\nfrom weightsmith.cli.app import run\nfor args in %r:\n    assert run(args) == 0, args\n"
+    program += "assert 'jinja2' not in sys.modules\n"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WEIGHTSMITH_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", program % (list(steps),)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import craft
 from tests.craft import STRING, kv
+from tests.formats.pytorch.bins import write_pickled
 from tests.tiny import write_llama
 from weightsmith.formats import findings as module
 from weightsmith.formats import open_reader
@@ -69,6 +72,16 @@ def test_programs_and_what_cannot_be_looked_through(tmp_path: Path) -> None:
     assert told["modeling_x.py"].value == "a program"
     assert all("cannot be looked through" in told[name].value for name in told if name.endswith(".json"))
     assert "secret" not in str(told["link.json"])
+
+
+def test_weights_that_may_not_be_opened_are_no_obstacle(tmp_path: Path, told: Callable[..., dict[str, Any]]) -> None:
+    """What is in the catalog by --allow-pickle is pulled again without it, and told all the same."""
+    folder = write_pickled(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {}}))
+    wanted = [{"file": "config.json", "key": "auto_map", "value": "{}"}]
+    assert told("pull", str(folder), "--allow-pickle")["findings"] == wanted
+    assert told("pull", str(folder))["findings"] == wanted
 
 
 def test_neither_number_nor_length_is_without_bounds(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A hub on 127.0.0.1 that speaks the part of the Hugging Face API that a download uses, with faults on demand.
 
-    GET  /api/models/ORG/NAME[/revision/REV]     {id, sha, gated, cardData}
+    GET  /api/models/ORG/NAME[/revision/REV]     {_id, id, author, createdAt, sha, gated, cardData}
     GET  /api/models/ORG/NAME/tree/SHA           [{type, path, size, oid, lfs?}], in pages
     HEAD /ORG/NAME/resolve/SHA/PATH              X-Repo-Commit, ETag, X-Linked-Etag, X-Linked-Size
     GET  same                                    the bytes, with Range and If-Range
@@ -52,6 +52,9 @@ class Repo:
     private: bool = False
     accepted: set[str] = field(default_factory=set)  # tokens whose owner accepted the licence
     licence: str = "apache-2.0"
+    created: str | None = None  # when it was made; the hub's own answer for all without one
+    author: str | None = None
+    number: str | None = "0"  # the hub's `_id`
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.plain: dict[str, bytes] = {}
         self.renamed: dict[str, str] = {}  # repositories that answer under another name
+        self.moved: dict[str, str] = {}  # names that redirect (307) to another, or to another server
         self.created: str | None = None  # when every repository was made
         self.tokens: set[str] = set()
         self.counting = threading.Lock()
@@ -154,6 +158,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 faults.times -= 1
                 self.send(faults.status, b"", {"Retry-After": faults.retry_after})
                 return
+            for old, new in hub.moved.items():
+                if f"/{old}/" in f"{self.path}/":
+                    away = new.startswith("http")
+                    self.send(307, b"", {"Location": new + self.path if away else self.path.replace(old, new, 1)})
+                    return
             parts = [unquote(part) for part in urlsplit(self.path).path.split("/")[1:]]
             if parts[0] == "plain":
                 self.plain_file(parts[1])
@@ -209,9 +218,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             card = {"license": repo.licence}
             name = name.removeprefix("datasets/")
             info = {
-                "_id": "0",
+                "_id": repo.number,
                 "id": hub.renamed.get(name, name),
-                "createdAt": hub.created,
+                "author": repo.author,
+                "createdAt": repo.created or hub.created,
                 "sha": commit.sha,
                 "gated": gated,
                 "cardData": card,

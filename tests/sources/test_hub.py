@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -53,6 +54,20 @@ def test_pull_takes_the_checkpoint_and_nothing_else(hub: Hub, tmp_path: Path, ll
     assert not {"transformers", "torch"} & set(got["modules"])
     # R13: nothing but this repository was asked for, and always at one commit
     assert all(r.path.startswith((f"/api/models/{REPO}/", f"/{REPO}/resolve/{commit}/")) for r in hub.log)
+
+
+@pytest.mark.parametrize("name", ["%2e%2e%2fetc", "a b&c=d", "x#y", "é+z", "%00"])
+def test_names_are_one_segment_of_a_request(hub: Hub, tmp_path: Path, llama_files: dict[str, bytes], name: str) -> None:
+    """R13: what a name would mean in a URL it does not mean; the request stays below the repository."""
+    files = {f"{name}.safetensors" if key == "model.safetensors" else key: data for key, data in llama_files.items()}
+    commit = hub.add(REPO, files)
+    got = run_pull(tmp_path, f"hf://{REPO}", env=env(hub))
+    assert got["files"] == {key: sha256(data) for key, data in files.items()}
+    lines = [r.path for r in hub.log if "/resolve/" in r.path]
+    assert all(line.startswith(f"/{REPO}/resolve/{commit}/") for line in lines)
+    asked_for = [line.removeprefix(f"/{REPO}/resolve/{commit}/") for line in lines]
+    assert not any(set("/?#") & set(line) or ".." in line for line in asked_for)
+    assert f"{name}.safetensors" in {unquote(line) for line in asked_for}
 
 
 @pytest.mark.slow

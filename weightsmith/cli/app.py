@@ -25,7 +25,8 @@ from weightsmith.errors import InterruptedRunError, QualityGateError, ResourceEr
 _NOT_VERBS = {"app", "integrity", "options", "output", "produce", "verified"}
 
 EPILOG = """Exit codes: 0 ok, 1 failure, 2 usage, 3 integrity, 4 unsafe input refused, 5 quality gate failed,
-6 not enough disk or memory, 7 not found or no access, 130 interrupted."""
+6 not enough disk or memory, 7 not found or no access, 8 a name stands for another repository or owner than it did,
+130 interrupted."""
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

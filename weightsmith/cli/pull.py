@@ -82,7 +82,7 @@ def command(
                 )
         models = locks.choose(locks.read(locked), source, locked)
         entries = pull_locked(Catalog(), models, offline=offline, overwrite=force, allow_pickle=allow_pickle)
-        told = [_result(entry, allow_pickle) for entry in entries]
+        told = [_result(entry) for entry in entries]
         emit({"locked": told}, "\n\n".join(map(_text, entries)) or "The lock is empty.", as_json=as_json)
         return
     if source is None:
@@ -103,13 +103,13 @@ def command(
     )
     if lock is not None:
         locks.write(lock, [entry])
-    emit(_result(entry, allow_pickle), _text(entry), as_json=as_json)
+    emit(_result(entry), _text(entry), as_json=as_json)
 
 
-def _result(entry: Entry, allow_pickle: bool) -> dict[str, object]:
+def _result(entry: Entry) -> dict[str, object]:
     from weightsmith.pull import found_in
 
-    found = [asdict(one) for one in found_in(entry, allow_pickle=allow_pickle)]
+    found = [asdict(one) for one in found_in(entry)]
     files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in entry.files]
     result = {"ref": entry.ref, "path": str(entry.path), "bytes": entry.nbytes, "origin": entry.origin}
     return {**result, "files": files, "chat_template": entry.chat_template, "findings": found}

@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weightsmith.atomic import need_space
-from weightsmith.errors import IntegrityError, NotFoundError, UnsafeInputError, UsageError, WeightsmithError
+from weightsmith.errors import (
+    AccessError,
+    IntegrityError,
+    NotFoundError,
+    UnsafeInputError,
+    UsageError,
+    WeightsmithError,
+)
 from weightsmith.progress import Ticker, progress
 from weightsmith.sources import choose, download, keep, pins
 from weightsmith.sources.hub_errors import connection_errors, explain, explain_refusal, is_passing
@@ -42,6 +49,7 @@ T = TypeVar("T")
 
 MAX_FILES = 100_000
 MAX_INDEX = 64 << 20
+MAX_WORD = 200
 TIMEOUT = 30.0
 
 
@@ -106,6 +114,7 @@ def fetch(
     origin: dict[str, Any] = {"kind": "hf", "source": f"hf://{listing.repo}@{listing.commit}", "repo": listing.repo}
     origin |= {"commit": listing.commit, "revision": wanted, "endpoint": bare_url(session.endpoint)}
     origin |= {"licence": listing.licence, "gated": listing.gated, "created": listing.created}
+    origin |= {"author": listing.author, "repository": listing.repository, "answers": listing.answers}
     kept = tuple(keep.folder_of(home, listing.files[name].identity) for name in names)
     return Fetched(into, tuple(done[name] for name in names), origin, kept)
 
@@ -131,11 +140,43 @@ def fetch_dataset(
     return path, f"{session.where}@{listing.commit}/{name}"
 
 
+def look(repo: str, revision: str, *, home: Path) -> Listing:
+    """What the commit is that `revision` of `repo` stands for now, and whose; nothing is fetched or kept.
+
+    Raises what `fetch` raises, NotFoundError without a network that may be asked.
+    """
+    session = _Session(_endpoint(), repo, home, _offline_mode())
+    if session.offline:
+        hint = "Unset HF_HUB_OFFLINE; what was pulled is not touched."
+        raise NotFoundError(f"offline: nobody says where {revision!r} points now", path=session.where, hint=hint)
+    return _ask(session, check_revision(revision, session.where))
+
+
+def look_back(repo: str, commit: str, *, home: Path) -> Listing | None:
+    """The listing of a commit as kept since it was pulled, else as the hub has it; None where it is gone."""
+    session = _Session(_endpoint(), repo, home, _offline_mode())
+    try:
+        return remembered(session.folder, repo, commit, where=session.where)
+    except (NotFoundError, IntegrityError):
+        log.debug("no listing of %s at %s is kept here", session.where, commit)
+    try:
+        return None if session.offline else _ask(session, commit)
+    except (NotFoundError, AccessError):
+        return None
+
+
+def point(listing: Listing, revision: str, *, home: Path) -> None:
+    """Keep that `revision` is the commit of `listing`, for `--offline`."""
+    remember(_Session(_endpoint(), listing.repo, home, offline=True).folder, listing, revision)
+
+
 def _listing(session: _Session, revision: str) -> Listing:
     """The files of the revision's commit: asked for and kept, or offline as kept."""
     if session.offline:
         return remembered(session.folder, session.repo, revision, where=session.where)
     listing = _ask(session, revision)
+    if listing.answers is not None:
+        log.warning("%s now answers as %s; check that it is still who you mean", session.where, listing.answers)
     if listing.created is not None and (before := born(session.folder) - {listing.created}):
         log.warning(
             "%s was made on %s; what was pulled from there before, on %s. The name has been taken anew: "
@@ -173,8 +214,6 @@ def _ask(session: _Session, revision: str) -> Listing:
         raise IntegrityError(f"the hub names no commit for {revision!r}", path=session.where)
     if COMMIT.fullmatch(revision) and commit != revision:
         raise IntegrityError(f"commit {revision} was asked for, {commit} was offered", path=session.where)
-    if info.id and info.id != session.repo:
-        log.warning("%s now answers as %s; check that it is still who you mean", session.where, info.id)
 
     def tree() -> list[Any]:
         found = api.list_repo_tree(session.repo, revision=commit, recursive=True, repo_type=session.kind)
@@ -192,7 +231,15 @@ def _ask(session: _Session, revision: str) -> Listing:
         licence=str(licence)[:200] if licence else None,
         gated=bool(info.gated),
         created=info.created_at.isoformat() if info.created_at else None,
+        author=_word(info.author),
+        repository=_word(vars(info).get("_id")),
+        answers=_word(info.id) if info.id != session.repo else None,
     )
+
+
+def _word(value: object) -> str | None:
+    """A short printable text that the hub says, None for anything else."""
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_WORD and value.isprintable() else None
 
 
 def _listed(entry: Any, session: _Session) -> Listed:

@@ -1,7 +1,7 @@
 """One commit of a repository as its hub lists it: path, size and hash of each file; kept for `--offline`.
 
     HOME/hub/models--ORG--NAME/COMMIT.json     the listing of a commit
-    HOME/hub/models--ORG--NAME/refs.json       which commit a branch or tag was when it was last asked for
+    HOME/hub/models--ORG--NAME/refs.json       which commit a branch or tag was when it was last pulled
 
 The hash is SHA-256 of large files, else git's SHA-1 of `blob SIZE\\0` + bytes (SHA-256 in git's newer object format).
 It is checked to be one before anything is named after it, also when a listing is read back.
@@ -62,6 +62,9 @@ class Listing:
     licence: str | None
     gated: bool
     created: str | None = None  # when the repository was made, as the hub says
+    author: str | None = None  # whose it is
+    repository: str | None = None  # the hub's own number of it, which a new one of the same name does not get
+    answers: str | None = None  # the name that it answers under, if that is another than `repo`
 
 
 def born(folder: Path) -> set[str]:
@@ -127,8 +130,9 @@ def remembered(folder: Path, repo: str, revision: str, *, where: str) -> Listing
             hint="Run the same pull once without --offline (and without HF_HUB_OFFLINE).",
         )
     files = {name: checked(name, entry, where) for name, entry in raw["files"].items()}
-    licence, created = (raw.get(key) if isinstance(raw.get(key), str) else None for key in ("licence", "created"))
-    return Listing(repo, commit, files, licence, bool(raw.get("gated")), created)
+    words = ("licence", "created", "author", "repository", "answers")
+    said = {key: raw.get(key) if isinstance(raw.get(key), str) else None for key in words}
+    return Listing(repo=repo, commit=commit, files=files, gated=bool(raw.get("gated")), **said)
 
 
 def _read_json(path: Path) -> object:
