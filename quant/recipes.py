@@ -196,6 +196,11 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return math.prod(shape[:-1]) > 1 and name.endswith(".weight") and not _KEPT.search(name)
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a tensor's rows are looked up, one for each token (also where they serve as the output matrix too)."""
+    return _role(name) == _EMBEDDING
+
+
 def base_codec(file_type: str) -> str:
     """The codec of whatever the mix does not name; UnsupportedError for an unknown file type."""
     file_type_id(file_type)

@@ -46,7 +46,7 @@ LAYERS = (
             "weightsmith.droppable",
             "weightsmith.update",
         ),
-        *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.transcode"),
+        *("weightsmith.calibrated", "weightsmith.journal", "weightsmith.estimates", "weightsmith.transcode"),
         *("weightsmith.orders", "weightsmith.jobs"),
     ),
     ("weightsmith.cli", "weightsmith.__main__"),

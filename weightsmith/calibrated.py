@@ -101,7 +101,7 @@ def by_tensor(matrix: Imatrix, reader: Reader, planned: Plan) -> dict[str, NDArr
     if not found:
         raise IntegrityError("the imatrix has none of this model's tensors", path=reader.path)
     if missing:
-        log.info("not in the imatrix, so quantized without: %s", ", ".join(missing))
+        log.info("not in the imatrix, so importances were estimated: %s", ", ".join(missing))
     return found
 
 

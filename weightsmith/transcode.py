@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.errors import IntegrityError, WeightsmithError
+from weightsmith.estimates import Estimates
 from weightsmith.journal import Journal, Key
 from weightsmith.progress import progress
-from weightsmith.quant import codecs, loss
+from weightsmith.quant import codecs, loss, recipes
 from weightsmith.quant.blocks import BLOCKS
 from weightsmith.quant.loss import Loss
 from weightsmith.types import BlockSource, Packed, Reader, TensorInfo, Writer
@@ -45,7 +46,8 @@ class Codes:
 class Work:
     """How to go about it. threads: None = all cores. memory: most bytes for slabs under way, None = no limit.
 
-    importances: float32 [in] by canonical tensor name, for the codecs that search; effort: fast, normal or best.
+    importances: measured ones, float32 [in] by canonical tensor name, for the codecs that search; what is missing is
+    estimated. effort: fast, normal or best.
     losses: filled with what every slab lost that was packed into blocks, by its key. sums: filled with the slabs that
     were written and a checksum of each.
     made(name, start, stop): packed rows that calibration has encoded already, None if it has not.
@@ -98,12 +100,14 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
     total = sum(info.nbytes for info in writer.order)
     with progress(title, total) as ticker, ThreadPoolExecutor(threads) as pool:
         running: set[Future[int]] = set()
+        weights = _slab_weights(work, threads)
+        estimates = Estimates(reader, weights)
         try:
-            for slab in _slabs(reader, writer, _slab_weights(work, threads)):
+            for slab in _slabs(reader, writer, weights):
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
-                running.add(pool.submit(_move, reader, writer, slab, work))
+                running.add(pool.submit(_move, reader, writer, slab, work, estimates))
             for future in running:
                 ticker.update(future.result())
         except BaseException:
@@ -129,7 +133,7 @@ def _slabs(reader: Reader, writer: Writer, weights: int) -> Iterator[Slab]:
             yield Slab(source, target, start, min(start + step, target.n_rows))
 
 
-def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
+def _move(reader: Reader, writer: Writer, slab: Slab, work: Work, estimates: Estimates) -> int:
     """Carry one slab; return the bytes written."""
     taken = _take(reader, slab, work) if work.made is None else None
     if taken is not None:
@@ -143,7 +147,7 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
         return (slab.stop - slab.start) * slab.target.row_bytes
     packed = work.made(slab.target.name, slab.start, slab.stop) if work.made is not None else None
     if packed is None:
-        packed = _recoded(reader, slab, work)
+        packed = _recoded(reader, slab, work, estimates)
     work.sums[slab.key] = slab, _checksum(packed)
     writer.write(slab.target, slab.start, packed)
     if journal is not None and slab.key in work.losses:
@@ -151,11 +155,14 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work) -> int:
     return packed.nbytes
 
 
-def _recoded(reader: Reader, slab: Slab, work: Work) -> Packed:
+def _recoded(reader: Reader, slab: Slab, work: Work, estimates: Estimates) -> Packed:
     """Read a slab and recode it, errors named."""
-    rows = reader.rows(slab.source.name, slab.start, slab.stop)
+    estimate = None
     try:
-        return recode(rows, slab, work)
+        if _wants_estimate(slab, work):
+            estimate = estimates.of(slab.source)
+        rows = reader.rows(slab.source.name, slab.start, slab.stop)
+        return recode(rows, slab, work, estimate)
     except WeightsmithError as error:
         error.tensor = error.tensor or slab.source.name
         error.path = error.path or slab.source.path
@@ -221,15 +228,31 @@ def _stored(reader: Reader, slab: Slab) -> Packed | None:
     return found[0] if found is not None else None
 
 
-def recode(rows: Packed, slab: Slab, work: Work) -> Packed:
-    """Stored rows of the source's codec as rows of the target's; equal codecs pass through after a check for NaN."""
+def _wants_estimate(slab: Slab, work: Work) -> bool:
+    """Rows that are looked up have no activations to meet: all of their weights count alike."""
+    target = slab.target
+    return (
+        slab.source.codec != target.codec
+        and codecs.heeds_importance(target.codec, work.effort)
+        and target.name not in work.importances
+        and not recipes.is_embedding(target.name)
+    )
+
+
+def recode(rows: Packed, slab: Slab, work: Work, estimate: NDArray[np.float32] | None = None) -> Packed:
+    """Stored rows of the source's codec as rows of the target's; equal codecs pass through after a check for NaN.
+
+    estimate: importances (float32 [row_len]) where no measured ones are there.
+    """
     source, target = slab.source, slab.target
     if source.codec == target.codec:
         codecs.check_finite(source.codec, rows)
         return rows
     values = codecs.decode(source.codec, rows, source.row_len)
-    importance = work.importances.get(target.name)
-    packed = codecs.encode(target.codec, values, importance=importance, effort=work.effort)
+    measured = work.importances.get(target.name)
+    importance = estimate if measured is None else measured
+    known = measured is not None
+    packed = codecs.encode(target.codec, values, importance=importance, effort=work.effort, measured=known)
     if slab.is_costly:
         work.losses[slab.key] = loss.measure(target.codec, values, packed, importance)
     return packed

@@ -4,16 +4,15 @@ The importance of a column is the mean square of the activations that meet it (o
 they are multiplied by a power of two that brings the largest into [1, 2), and none is left below 2**-20: a column that
 no calibration text ever lit must still hold its weights.
 
-Without an imatrix all weights count alike, and with one nothing but the importances does: that is the expected squared
-error of the output, where ggml multiplies in a guess that favours large weights (`reference`). Measured on a model of
-135M parameters, all linear layers quantized to one type, by KL divergence from the original: ggml; this search for
-importance * sqrt(2 * mean(x * x) + x * x); this search as it is.
+With an imatrix nothing but its importances counts: that is the expected squared error of the output, where ggml multiplies
+in a guess that favours large weights (`reference`). Without one importances are estimated from the columns' tails
+(`quant.tails`); where a caller has neither, all weights count alike. Measured on a model of 135M parameters, all linear
+layers quantized to one type, by KL divergence from the original: ggml; this search for importance * sqrt(2 * mean(x * x) +
+x * x); this search as it is.
 
-    without imatrix   Q2_K 8.42 4.40 3.97   Q3_K 0.820 0.786 0.814   Q4_K .243 .228 .205   Q6_K .0154 .0136 .0129
-    with imatrix      Q2_K 1.25 1.16 1.06   Q3_K 0.499 0.464 0.437   Q4_K .087 .080 .082   Q6_K .0084 .0066 .0061
+    with an imatrix   Q2_K 1.25 1.16 1.06   Q3_K 0.499 0.464 0.437   Q4_K .087 .080 .082   Q6_K .0084 .0066 .0061
 
-Over 20,000 tokens and all recipes (docs/LOG.md) that was not the best everywhere: without an imatrix Q4_0, Q5_0,
-IQ4_NL, IQ4_XS and two of Q3_K's recipes diverged more than ggml's.
+Other substitutes, such as a weight's own square or magnitude, gained a fifth of what the tails gain (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _array(dtype: Any, *, readonly: bool) -> Any:
     return types.Array(dtype, 2, "C", readonly=readonly)
 
 
-# rows [n_blocks, width], importance [period, width], packed, effort, whether there is an imatrix -> worst half bits
+# rows [n_blocks, width], importance [period, width], packed, effort, whether it was measured -> worst half bits
 SEARCH = types.int32(
     _array(types.float32, readonly=True),
     _array(types.float32, readonly=True),
@@ -77,8 +76,12 @@ def encode(
     *,
     importance: NDArray[np.float32] | None,
     effort: str,
+    measured: bool,
 ) -> Packed:
     """Pack `rows` (float32 [rows, row_len], C order) with a SEARCH kernel; uint8 [rows, row_bytes].
+
+    measured: the importances are an imatrix's, so that the choice to beat is ggml's with one; estimated ones (`tails`)
+    steer the search in the same way, beside ggml's choice without an imatrix.
 
     Raises UsageError (no such effort), IntegrityError (NaN or Inf, importances that do not fit) and UnsupportedError
     (a scale beyond half precision).
@@ -92,7 +95,8 @@ def encode(
     if importance is not None:
         weights = scaled(importance, row_len).reshape(-1, block.weights)
     blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, block.weights)
-    worst = run(blocks, weights, packed.reshape(-1, block.nbytes), EFFORTS.index(effort), importance is not None)
+    guided = measured and importance is not None
+    worst = run(blocks, weights, packed.reshape(-1, block.nbytes), EFFORTS.index(effort), guided)
     if worst >= INF_HALF:
         raise_unfit(codec, rows)
     return packed

@@ -39,18 +39,30 @@ def _module(codec: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{codec.lower()}")
 
 
-def encode(codec: str, rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
+def heeds_importance(codec: str, effort: str) -> bool:
+    """Whether encoding looks at importances: `fast` is plain rounding for blocks that share nothing."""
+    return codec in SEARCHED and not (effort == "fast" and codec in _LONE)
+
+
+def encode(
+    codec: str,
+    rows: Rows,
+    *,
+    importance: NDArray[np.float32] | None = None,
+    effort: str = "normal",
+    measured: bool = True,
+) -> Packed:
     """Pack float32 [rows, row_len] into uint8 [rows, row_bytes]; F32 shares memory with `rows`.
 
-    importance (float32 [row_len], an imatrix row) and effort ("fast", "normal", "best") guide the layouts in SEARCHED;
-    the others know one way only. Raises UsageError (no such effort), UnsupportedError (a layout that cannot be written
+    importance (float32 [row_len]; measured: an imatrix row, else an estimate, see `quant.tails`) and effort ("fast",
+    "normal", "best") guide the layouts in SEARCHED; the others know one way only. Raises UsageError (no such effort), UnsupportedError (a layout that cannot be written
     or does not divide the row, or a weight outside its range) and IntegrityError (NaN or Inf, importances that do not
     fit). The caller knows the tensor and adds it to the error.
     """
     if codec not in writable():
         raise UnsupportedError(f"{codec} cannot be written", hint=f"Writable: {', '.join(writable())}.")
     row_nbytes(codec, rows.shape[1])
-    guide = {"importance": importance, "effort": effort} if codec in SEARCHED else {}
+    guide = {"importance": importance, "effort": effort, "measured": measured} if codec in SEARCHED else {}
     packed: Packed = _module(codec).encode(np.require(rows, np.float32, ["C", "A"]), **guide)
     return packed
 

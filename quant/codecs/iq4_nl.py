@@ -61,12 +61,14 @@ def _decode(packed, out):
             out[b, j + 16] = np.float32(d * IQ4[pair >> 4])
 
 
-def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
-    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast, normal or best.
+def encode(
+    rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal", measured: bool = True
+) -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], measured or not; effort: fast, normal or best.
 
     Raises IntegrityError for NaN or Inf, UnsupportedError if d leaves F16's range.
     """
-    return weighted.encode("IQ4_NL", _encode, rows, importance=importance, effort=effort)
+    return weighted.encode("IQ4_NL", _encode, rows, importance=importance, effort=effort, measured=measured)
 
 
 def decode(packed: Packed, row_len: int) -> Rows:

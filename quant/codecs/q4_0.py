@@ -94,14 +94,16 @@ def _decode(packed, out):
             out[b, j + side] = np.float32(d * np.float32(np.int32((pair >> np.int32(4)) - np.int32(8))))
 
 
-def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
-    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast (plain rounding), normal or best.
+def encode(
+    rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal", measured: bool = True
+) -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], measured or not; effort: fast (plain rounding), normal or best.
 
     Raises IntegrityError for NaN or Inf, UnsupportedError if d leaves F16's range.
     """
     if effort == "fast":
         return encode_blocks("Q4_0", _encode, rows)
-    return weighted.encode("Q4_0", _search, rows, importance=importance, effort=effort)
+    return weighted.encode("Q4_0", _search, rows, importance=importance, effort=effort, measured=measured)
 
 
 def decode(packed: Packed, row_len: int) -> Rows:

@@ -116,14 +116,16 @@ def _decode(packed, out):
             out[b, j + side] = np.float32(np.float32(d * np.float32(high)) + m)
 
 
-def encode(rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal") -> Packed:
-    """Pack float32 [rows, row_len]; importance: float32 [row_len], effort: fast (plain rounding), normal or best.
+def encode(
+    rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal", measured: bool = True
+) -> Packed:
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], measured or not; effort: fast (plain rounding), normal or best.
 
     Raises IntegrityError for NaN or Inf, UnsupportedError if d or m leaves F16's range.
     """
     if effort == "fast":
         return encode_blocks("Q5_1", _encode, rows)
-    return weighted.encode("Q5_1", _search, rows, importance=importance, effort=effort)
+    return weighted.encode("Q5_1", _search, rows, importance=importance, effort=effort, measured=measured)
 
 
 def decode(packed: Packed, row_len: int) -> Rows:

@@ -90,8 +90,9 @@ def command(
 ) -> None:
     """Quantize SOURCE.
 
-    One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only, by an imatrix,
-    or with error feedback by a text to calibrate on; gptq:BITS and awq need the text.
+    One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only (which columns
+    matter is estimated from their tails), by an imatrix, or with error feedback by a text to calibrate on; gptq:BITS and
+    awq need the text.
     """
     from weightsmith import jobs
     from weightsmith.calibrated import PACKED, Calibration
