@@ -7,7 +7,7 @@ others. So the column's kurtosis (1 for equal magnitudes, 3 for a Gaussian, no u
 
     importance = (n * sum x^4 / (sum x^2)^2)^2          sums over the n rows of a column
 
-Equal tails everywhere give equal importances, and then nothing but the squared error of the weights counts. The column's
+Equal tails everywhere give equal importances, and then nothing but the squared error of the weights counts. A column's
 size plays no part: large columns often meet small activations. What it was found on, how it compares with measured
 importances, and what else was tried: docs/LOG.md.
 """

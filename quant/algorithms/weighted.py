@@ -4,11 +4,11 @@ The importance of a column is the mean square of the activations that meet it (o
 they are multiplied by a power of two that brings the largest into [1, 2), and none is left below 2**-20: a column that
 no calibration text ever lit must still hold its weights.
 
-With an imatrix nothing but its importances counts: that is the expected squared error of the output, where ggml multiplies
-in a guess that favours large weights (`reference`). Without one importances are estimated from the columns' tails
-(`quant.tails`); where a caller has neither, all weights count alike. Measured on a model of 135M parameters, all linear
-layers quantized to one type, by KL divergence from the original: ggml; this search for importance * sqrt(2 * mean(x * x) +
-x * x); this search as it is.
+With an imatrix nothing but its importances counts: that is the expected squared error of the output, where ggml
+multiplies in a guess that favours large weights (`reference`). Without one importances are estimated from the columns'
+tails (`quant.tails`); where a caller has neither, all weights count alike. Measured on a model of 135M parameters, all
+linear layers quantized to one type, by KL divergence from the original: ggml; this search for
+importance * sqrt(2 * mean(x * x) + x * x); this search as it is.
 
     with an imatrix   Q2_K 1.25 1.16 1.06   Q3_K 0.499 0.464 0.437   Q4_K .087 .080 .082   Q6_K .0084 .0066 .0061
 

@@ -55,9 +55,9 @@ def encode(
     """Pack float32 [rows, row_len] into uint8 [rows, row_bytes]; F32 shares memory with `rows`.
 
     importance (float32 [row_len]; measured: an imatrix row, else an estimate, see `quant.tails`) and effort ("fast",
-    "normal", "best") guide the layouts in SEARCHED; the others know one way only. Raises UsageError (no such effort), UnsupportedError (a layout that cannot be written
-    or does not divide the row, or a weight outside its range) and IntegrityError (NaN or Inf, importances that do not
-    fit). The caller knows the tensor and adds it to the error.
+    "normal", "best") guide the layouts in SEARCHED; the others know one way only. Raises UsageError (no such effort),
+    UnsupportedError (a layout that cannot be written or does not divide the row, or a weight outside its range) and
+    IntegrityError (NaN or Inf, importances that do not fit). The caller knows the tensor and adds it to the error.
     """
     if codec not in writable():
         raise UnsupportedError(f"{codec} cannot be written", hint=f"Writable: {', '.join(writable())}.")

@@ -119,7 +119,9 @@ def _decode(packed, out):
 def encode(
     rows: Rows, *, importance: NDArray[np.float32] | None = None, effort: str = "normal", measured: bool = True
 ) -> Packed:
-    """Pack float32 [rows, row_len]; importance: float32 [row_len], measured or not; effort: fast (plain rounding), normal or best.
+    """Pack float32 [rows, row_len]; importance: float32 [row_len], measured or not.
+
+    effort: fast (plain rounding), normal or best.
 
     Raises IntegrityError for NaN or Inf, UnsupportedError if d or m leaves F16's range.
     """

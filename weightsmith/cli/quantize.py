@@ -91,8 +91,8 @@ def command(
     """Quantize SOURCE.
 
     One pass: no full-precision file in between. Norms and biases stay F32. GGUF types work weight-only (which columns
-    matter is estimated from their tails), by an imatrix, or with error feedback by a text to calibrate on; gptq:BITS and
-    awq need the text.
+    matter is estimated from their tails), by an imatrix, or with error feedback by a text to calibrate on; gptq:BITS
+    and awq need the text.
     """
     from weightsmith import jobs
     from weightsmith.calibrated import PACKED, Calibration
