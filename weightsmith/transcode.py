@@ -6,6 +6,7 @@ them in any order and the bytes do not depend on their number. Memory is a few s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -107,6 +108,8 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
+                if _is_foreseen(reader, slab, work):
+                    running.add(pool.submit(_foresee, slab, estimates))
                 running.add(pool.submit(_move, reader, writer, slab, work, estimates))
             for future in running:
                 ticker.update(future.result())
@@ -114,6 +117,20 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
             for future in running:
                 future.cancel()
             raise
+
+
+def _is_foreseen(reader: Reader, slab: Slab, work: Work) -> bool:
+    """Whether a tensor begins that will want an estimate, so that it is made while the one before is finished."""
+    known = work.journal is not None and slab.key in work.journal.known
+    packed = isinstance(reader, BlockSource) and reader.block_codecs(slab.target.name) is not None
+    return slab.start == 0 and work.made is None and not (known or packed) and _wants_estimate(slab, work)
+
+
+def _foresee(slab: Slab, estimates: Estimates) -> int:
+    """Make a tensor's estimate; its slabs, which follow, say what went wrong if anything did."""
+    with contextlib.suppress(WeightsmithError):
+        estimates.of(slab.source)
+    return 0
 
 
 def _slab_weights(work: Work, threads: int) -> int:
