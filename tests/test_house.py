@@ -28,6 +28,7 @@ LAYERS = (
             "weightsmith.locate",
             "weightsmith.sources",
             "weightsmith.pull",
+            "weightsmith.push",
             "weightsmith.lock",
             "weightsmith.derive",
             "weightsmith.texts",

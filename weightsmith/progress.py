@@ -31,6 +31,11 @@ def set_quiet(quiet: bool) -> None:
     _settings["quiet"] = quiet
 
 
+def bars() -> bool:
+    """Whether a library may draw its own bars on stderr: on a terminal, and not when quiet."""
+    return not _settings["quiet"] and sys.stderr.isatty()
+
+
 class _Lines:
     """Counts silently and writes a plain line now and then."""
 

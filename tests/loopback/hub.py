@@ -6,6 +6,7 @@
     GET  same                                    the bytes, with Range and If-Range
     the same below /api/datasets and /datasets   repositories that were added as "datasets/ORG/NAME"
     GET  /plain/NAME                             the same for plain URL downloads
+    POST, PUT                                    what an upload uses, see uploads.py
 
 Every request is kept in `log` (method, path, headers), so that a test can say what was asked and what was sent along.
 """
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.loopback.uploads import UploadHandler, Uploads, body_of
 
 BLOCK = 64 << 10
 LFS_FROM = 64  # files of this many bytes and more are "large files", known by their SHA-256
@@ -106,6 +109,7 @@ class Hub:
         self.log: list[Request] = []
         self.served = 0  # bytes of file bodies that were handed to the network
         self.faults = Faults()
+        self.uploads = Uploads()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -132,7 +136,7 @@ class Hub:
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(UploadHandler, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -147,6 +151,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, hub.port)
             request.client = self.client_address[1]
+            sent = body_of(self) if self.command in ("POST", "PUT") else b""
             hub.log.append(request)
             faults = hub.faults
             if faults.on_request:
@@ -164,7 +169,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.send(307, b"", {"Location": new + self.path if away else self.path.replace(old, new, 1)})
                     return
             parts = [unquote(part) for part in urlsplit(self.path).path.split("/")[1:]]
-            if parts[0] == "plain":
+            if self.command in ("POST", "PUT"):
+                self.upload(parts, sent)
+            elif parts[0] == "plain":
                 self.plain_file(parts[1])
             elif parts[:2] == ["api", "models"] and len(parts) >= 4:
                 self.api(f"{parts[2]}/{parts[3]}", parts[4:])
@@ -224,6 +231,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 "createdAt": repo.created or hub.created,
                 "sha": commit.sha,
                 "gated": gated,
+                "private": repo.private,
                 "cardData": card,
                 "siblings": [],
             }
@@ -313,6 +321,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             except ConnectionError:
                 self.close_connection = True  # whoever asked is gone
 
+    Handler.hub = hub
     return Handler
 
 

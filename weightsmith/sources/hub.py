@@ -11,7 +11,7 @@
 A dataset (`fetch_dataset`) goes the same way, one file of it, and stays below HOME/hub.
 
 Listing, addresses and the token are huggingface_hub's affair. The token is sent to the endpoint alone and written
-nowhere. This module and hub_errors.py are the only ones that import it.
+nowhere. The library is imported here, in hub_errors.py and in push/remote.py alone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def fetch(
     (only pickles, hostile names), UsageError, and WeightsmithError when the network failed and a further run may do.
     """
     wanted = check_revision(revision or source.revision or "main", source.text)
-    session = _Session(_endpoint(), source.target, home, offline or _offline_mode(), shelf=Shelf(home))
+    session = _Session(endpoint(), source.target, home, offline or offline_mode(), shelf=Shelf(home))
     listing = _listing(session, wanted)
     names = choose.select(listing.files, include=include, where=session.where, allow_pickle=allow_pickle)
     done: dict[str, FetchedFile] = {}
@@ -127,7 +127,7 @@ def fetch_dataset(
     pick: chooses the file from the names of the commit. Raises what `fetch` raises.
     """
     wanted = revision or "main"
-    session = _Session(_endpoint(), repo, home, offline or _offline_mode(), kind="dataset")
+    session = _Session(endpoint(), repo, home, offline or offline_mode(), kind="dataset")
     listing = _listing(session, wanted)
     name = pick(listing.files)
     (choice,) = choose.check_all([name], where=session.where)
@@ -189,17 +189,23 @@ def _listing(session: _Session, revision: str) -> Listing:
     return listing
 
 
-def _endpoint() -> str:
+def listed(repo: str, revision: str) -> Listing:
+    """What the model `repo` holds at `revision`, asked for now and not kept. Raises as `fetch`."""
+    return _ask(_Session(endpoint(), repo, Path(), False), revision)
+
+
+def endpoint() -> str:
     """The hub's address. A token may travel with every request, so plain http is for this machine only."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
+    address = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
     try:
-        check_url(endpoint)
+        check_url(address)
     except WeightsmithError as error:
         raise UsageError(f"HF_ENDPOINT cannot be used: {error.message}", path=error.path, hint=error.hint) from error
-    return endpoint.rstrip("/")
+    return address.rstrip("/")
 
 
-def _offline_mode() -> bool:
+def offline_mode() -> bool:
+    """Whether the environment forbids the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
