@@ -18,6 +18,7 @@ from weightsmith.builds.plan import Gate, Job
 from weightsmith.catalog import Catalog
 from weightsmith.errors import UsageError
 from weightsmith.evals.ruler import METRICS_VERSION, Ruler, digest
+from weightsmith.provenance import reports
 from weightsmith.store import Entry
 
 _KEPT = ("ratio", "ratio_stderr", "kld_mean", "kld_stderr", "kld_median", "kld_99", "top1", "top1_stderr")
@@ -69,7 +70,7 @@ class Originals:
 def judge(catalog: Catalog, job: Job, entry: Entry, original: Entry, originals: Originals) -> list[str]:
     """Hold `entry` against the gates of `job`, measuring what is not known yet; returns what was missed.
 
-    Every measurement and every new verdict is added to the entry's record.
+    Every measurement and every new verdict is added to the entry's record, and hung on its manifest.
     """
     missed = []
     for gate in job.gates:
@@ -78,10 +79,10 @@ def judge(catalog: Catalog, job: Job, entry: Entry, original: Entry, originals: 
             measured = known(entry, gate, original)
             if measured is None:
                 measured = measure(entry, original, gate, originals)
-                entry = catalog.evaluated(entry.ref, measured)
+                entry = reports.evaluated(catalog, entry.ref, measured)
         faults = verdict(gate, entry, measured, licence=job.licence or entry.licence)
         if _last(entry, gate) != _comparable(gate, faults, job):
-            entry = catalog.evaluated(entry.ref, {**_comparable(gate, faults, job), "when": _now()})
+            entry = reports.evaluated(catalog, entry.ref, {**_comparable(gate, faults, job), "when": _now()})
         missed += [f"{gate.name}: {fault}" for fault in faults]
     return missed
 

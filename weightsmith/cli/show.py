@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +26,7 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
 
     Reads headers only, works on any readable file, in the catalog or not.
     """
-    from weightsmith import formats
+    from weightsmith import formats, oci
     from weightsmith.aliases import evidence, held_back
     from weightsmith.catalog import Catalog
     from weightsmith.family import template_change
@@ -50,6 +51,7 @@ def command(source: str, tensors: bool, metadata: bool, allow_pickle: bool, as_j
             "alias_of": located.entry.alias_of,
             "evaluations": list(located.entry.evaluations),
             "gates": dict(evidence(located.entry)),
+            "attached": [asdict(one) for one in oci.attached(catalog.home, located.entry)],
             "held_back": held_back(catalog, located.entry) if located.entry.alias_of else [],
         }
     emit(result, _text(result), as_json=as_json)
@@ -167,6 +169,12 @@ def _template_text(found: dict[str, Any] | None) -> str:
     return found.get("unreadable") or f"sha256 {found['sha256']}, {found['characters']} characters"
 
 
+def _counted(types: Iterable[str]) -> str:
+    """How many statements of each type hang there."""
+    short = (kind.removeprefix("application/").removeprefix("vnd.").removesuffix("+json") for kind in types)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(short).items()))
+
+
 def _text(result: dict[str, Any]) -> str:
     model = dict(result["model"])
     for name, text in (
@@ -199,6 +207,7 @@ def _text(result: dict[str, Any]) -> str:
                     "alias of": known["alias_of"],
                     **{f"gate {name}": found for name, found in known["gates"].items()},
                     "held back": "; ".join(known["held_back"]),
+                    "attached": _counted(one["artifact_type"] for one in known["attached"]),
                 }
             )
         )

@@ -9,6 +9,7 @@
     runDetails
       builder                     weightsmith and its version
       metadata.finishedOn         the only time in it
+      byproducts                  reports of evaluations, by digest (see `reports`); left out where nothing was measured
 
 Everything above runDetails is what decides the bytes; the same derivation has the same buildDefinition wherever it ran.
 
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from weightsmith.errors import UsageError
+from weightsmith.provenance.reports import byproducts
 from weightsmith.provenance.sources import dependencies, file_descriptor
 from weightsmith.store import Entry
 
@@ -47,10 +49,11 @@ def statement(entry: Entry, chain: Sequence[Entry]) -> dict[str, Any]:
         "internalParameters": {"arithmetic": recipe["arithmetic"]} if "arithmetic" in recipe else {},
         "resolvedDependencies": dependencies(entry, chain),
     }
-    details = {
+    details: dict[str, Any] = {
         "builder": {"id": f"pkg:generic/weightsmith@{version}", "version": {"weightsmith": version}},
         "metadata": {"finishedOn": entry.created.replace("+00:00", "Z")},
     }
+    details |= {"byproducts": found} if (found := byproducts(entry)) else {}
     return {
         "_type": STATEMENT,
         "subject": [file_descriptor(file) for file in sorted(entry.files, key=lambda file: file.path)],
