@@ -10,8 +10,10 @@ against its record. Disks rot without a word: a flipped bit changes neither size
 3. where it was pulled from, at the commit, version or hash that the record pins; only what is damaged is fetched, since
    the sound files of the entry are found on the shelf
 
-The sound file takes every name of the damaged one by rename: in all entries, and the blob. What was made here and lies
-nowhere else cannot be repaired so; it is made again from its parent by its recipe.
+4. what was made here and lies nowhere else is made again from its parent, if that is sound and the record has all of
+   the recipe (rebuild.py); a text or an imatrix is in no record, so what needs one is left
+
+The sound file takes every name of the damaged one by rename: in all entries, and the blob.
 """
 
 from __future__ import annotations
@@ -93,6 +95,9 @@ def repair(
             if found is not None:
                 put(catalog, one.file, reservation.folder / "sound")
                 fixed[one.file.sha256] = found
+    made: set[str] = set()
+    while _make_again(catalog, [one for one in damaged if one.file.sha256 not in fixed], fixed, made):
+        pass  # what was made from what was just made may come out now
     return [replace(one, repaired=fixed.get(one.file.sha256)) for one in damaged]
 
 
@@ -115,6 +120,34 @@ def put(catalog: Catalog, file: File, sound: Path) -> None:
                         sync_folder(path.parent)
                 with contextlib.suppress(oci.CannotLinkError):  # such a home has no blobs
                     oci.share(catalog.home, path, mine, scratch)
+
+
+def _make_again(catalog: Catalog, left: Sequence[Damage], fixed: dict[str, str], made: set[str]) -> int:
+    """Make entries again that have files in `left`, put what comes out right in place, note it in `fixed`; how many.
+
+    made: digests of entries that were made again; none is twice, whatever came out.
+    """
+    from weightsmith import rebuild  # noqa: PLC0415  (containers and codecs are needed only here)
+
+    before = len(fixed)
+    for entry in {one.entry.digest: one.entry for one in left}.values():
+        if entry.digest in made or not rebuild.is_repeatable(entry):
+            continue
+        with catalog.reserve(entry.name, entry.tag) as reservation:
+            try:
+                parent = rebuild.parent_of(catalog, entry)
+                folder = rebuild.make(catalog, entry, rebuild.Brought(), reservation.folder)
+            except WeightsmithError as error:
+                log.warning("%s cannot be made again: %s", entry.ref, error)
+                continue
+            made.add(entry.digest)
+            for one in left:
+                path = folder / one.file.path
+                same = one.entry.digest == entry.digest and one.file.sha256 not in fixed and path.is_file()
+                if same and store.sha256_file(path) == one.file.sha256:
+                    put(catalog, one.file, path)
+                    fixed[one.file.sha256] = f"made again from {parent.ref}"
+    return len(fixed) - before
 
 
 def _wrong(path: Path, file: File, known: dict[Inode, str], ticker: Ticker | None = None) -> str:

@@ -165,7 +165,7 @@ def _warn_of_findings(entry: Entry) -> None:
 
 def _warn_of_lookalikes(catalog: Catalog, repo: str) -> None:
     """Owners are imitated: a repository that looks like one that was pulled before, and is none, is worth a word."""
-    known = {str(entry.origin["repo"]) for entry in catalog.entries() if "repo" in entry.origin}
+    known = {str(entry.origin["repo"]) for entry in catalog.summaries() if "repo" in entry.origin}
     other = lookalike(repo, known) if repo not in known else None
     if other is not None:
         log.warning("%s is not %s, from which the catalog has a model: see that it is the owner you mean", repo, other)

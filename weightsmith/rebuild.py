@@ -68,17 +68,22 @@ def check(catalog: Catalog, entry: Entry, brought: Brought) -> list[Compared]:
 
     Raises what `parent_of` and `order` raise, IntegrityError for a damaged parent and what `jobs.convert` raises.
     """
+    staging = store.Staging(catalog.home)
+    try:
+        return _compare(entry, make(catalog, entry, brought, staging.folder))
+    finally:
+        staging.release()
+
+
+def make(catalog: Catalog, entry: Entry, brought: Brought, into: Path) -> Path:
+    """Make `entry` again in the empty folder `into`; returns the folder that then has its files. Raises as `check`."""
     parent = parent_of(catalog, entry)
     target, options = order(entry, brought)
     hash_files(parent)
-    staging = store.Staging(catalog.home)
-    try:
-        tag = entry.alias_of or entry.tag
-        made = staging.folder / (f"{entry.name}-{tag}" + (".gguf" if target.container == "gguf" else ""))
-        jobs.convert(parent.path, target, made, replace(options, source_digest=parent.digest))
-        return _compare(entry, made if made.is_dir() else staging.folder)
-    finally:
-        staging.release()
+    tag = entry.alias_of or entry.tag
+    made = into / (f"{entry.name}-{tag}" + (".gguf" if target.container == "gguf" else ""))
+    jobs.convert(parent.path, target, made, replace(options, source_digest=parent.digest))
+    return made if made.is_dir() else into
 
 
 def parent_of(catalog: Catalog, entry: Entry) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -246,6 +247,27 @@ def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytes
             place.fulfil([place.Wish(target, source, File("source", 4, "0" * 64))], way)  # type: ignore[arg-type]
         assert target.read_bytes() == b"theirs"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source", "target"]
+
+
+def test_what_a_killed_link_left_goes_with_the_next(tiny: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL while the bytes are being copied; a copy that is under way elsewhere, and a stranger's file, stay."""
+    code = "import os, shutil, sys\nfrom weightsmith.cli.app import run\n"
+    code += "def copy(source, target):\n open(target, 'wb').write(b'half')\n os.kill(os.getpid(), 9)\n"
+    code += "shutil.copyfile = copy\nrun(['link', 'tiny:q8_0', '--into', './there', '--copy', '-q'])\n"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    there = tiny / "there"
+    (left,) = there.iterdir()
+    assert (left.name.startswith(".weightsmith-"), left.read_bytes()) == (True, b"half")
+    busy, theirs = there / f".weightsmith-{'a' * 32}", there / ".weightsmith-notes"
+    busy.write_bytes(b"busy")
+    theirs.write_bytes(b"theirs")
+    told("link", "tiny:q8_0", "--into", "./there", "--copy")
+    assert left.exists(), "too young to be sure"
+    monkeypatch.setattr(place, "_FRESH", 0.0)
+    with open(busy, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert told("link", "tiny:q8_0", "--into", "./there", "--copy")["files"][0]["how"] == "there"
+    assert sorted(path.name for path in there.iterdir()) == sorted([busy.name, theirs.name, "tiny-q8_0.gguf"])
 
 
 def _record(name: str, tag: str) -> dict[str, Any]:

@@ -76,5 +76,6 @@ def _text(checked: Checked, damaged: Sequence[Damage], records: Sequence[str]) -
 def _hint(left: Sequence[Damage]) -> str:
     made = sorted({one.entry.ref for one in left if one.entry.parent is not None})
     if made:
-        return f"Make again what was made here: {', '.join(made)}; or name a place that has the bytes: --repair --from."
+        said = f"--repair makes again what it can ({', '.join(made)}), where the parent is sound and no text is needed"
+        return f"{said}; --from names a place that has the bytes."
     return "Repair with --repair, which looks in the catalog, at the origin and in what --from names."

@@ -7,14 +7,19 @@
 | copy | the bytes once more |
 
 A file appears by `link(2)` from a hidden name beside it, which fails if anything has the name, so two processes, or the
-other program, cannot overwrite each other here.
+other program, cannot overwrite each other here. The hidden file `.weightsmith-ID` is locked while it is filled; what a
+killed run left of it is removed by the next link into that folder.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import shutil
+import stat
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,9 +29,11 @@ from typing import Literal
 from weightsmith.atomic import disk_errors, need_space
 from weightsmith.errors import OutputExistsError, UsageError, WeightsmithError
 from weightsmith.progress import progress
-from weightsmith.store import File, reflink, sha256_file
+from weightsmith.store import File, is_free, reflink, sha256_file
 
 Way = Literal["link", "symlink", "copy"]
+_HIDDEN = re.compile(r"\.weightsmith-[0-9a-f]{32}")
+_FRESH = 60.0  # seconds in which a hidden file may not be locked yet
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP)
 
 
@@ -63,6 +70,8 @@ class Placed:
 def fulfil(wishes: Iterable[Wish], way: Way) -> list[Placed]:
     """Make every wish true, in order; what was made is taken back if one cannot be. Raises as `links.link` says."""
     wishes = list({wish.target: wish for wish in wishes}.values())  # two files of the same bytes are one blob
+    for folder in {wish.target.parent for wish in wishes}:
+        _sweep(folder)
     there = {wish.target for wish in wishes if _stands(wish)}
     missing = [wish for wish in wishes if wish.target not in there]
     if way == "copy":
@@ -139,7 +148,7 @@ def _make(wish: Wish, way: Way) -> str:
             os.symlink(source, target)
             return "symlink"
         if way == "copy":
-            return _appear(target, lambda hidden: shutil.copyfile(source, hidden), "copy")
+            return _appear(target, lambda hidden: shutil.copyfile(source, hidden), "copy")  # fills the locked file
         return _linked(source, target)
     except FileExistsError as error:
         raise OutputExistsError("something came to stand there meanwhile", path=target) from error
@@ -168,13 +177,33 @@ def _hidden(target: Path) -> Path:
 def _appear(target: Path, fill: Callable[[Path], object], how: str, *, hidden: Path | None = None) -> str:
     """Fill a hidden file, then give it its name if nothing has that."""
     hidden = hidden or _hidden(target)
+    handle = None
     try:
         with disk_errors(target):
+            handle = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
             fill(hidden)
         os.link(hidden, target)
     finally:
         hidden.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
     return how
+
+
+def _sweep(folder: Path) -> None:
+    """Remove hidden files in `folder` whose maker is gone; best effort, since the folder is another's."""
+    try:
+        found = [one for one in os.scandir(folder) if _HIDDEN.fullmatch(one.name)]
+    except OSError:
+        return  # to be made, or not ours to read
+    for one in found:
+        try:
+            status = one.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and time.time() - status.st_ctime > _FRESH and is_free(Path(one.path)):
+                os.unlink(one.path)
+        except OSError:
+            continue  # it went meanwhile, or may not be removed
 
 
 def _take_back(made: Sequence[Path]) -> None:
