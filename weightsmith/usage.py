@@ -13,30 +13,37 @@ anything whose purpose is not known.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith import oci, store
 from weightsmith.catalog import Catalog
-from weightsmith.store import Entry
+from weightsmith.index import Summary
 
 DAY = 24 * 3600
 TWICE = "a second copy of a blob"
 
+Inode = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes of an entry's files, those it shares with names elsewhere, and those that removing it frees."""
+    """Bytes of an entry's files, those it shares with names elsewhere, and those that removing it frees.
 
-    entry: Entry
+    inodes: the bytes of each file, by device and inode.
+    """
+
+    entry: Summary
     nbytes: int
     shared: int
     freed: int
+    inodes: dict[Inode, int] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +61,80 @@ def by_entry(catalog: Catalog, names: Collection[str] = ()) -> tuple[list[Usage]
 
     names: only these models (`name`) and entries (`name:tag`); a model is counted with all its tags.
     """
-    entries = catalog.entries()
-    blobs = oci.holders(catalog.home, entries)
-    held: defaultdict[str, list[Path]] = defaultdict(list)
-    for path, holders in blobs.items():
-        for ref in holders:
-            held[ref].append(path)
+    entries = catalog.summaries()
+    held = oci.holdings(catalog.home, [(entry.ref, entry.folder) for entry in entries])
+    holders: defaultdict[str, set[str]] = defaultdict(set)
+    for ref, holding in held.items():
+        for name in holding.files | holding.beside:
+            holders[name].add(ref)
+    known = _blobs(catalog.home)
 
-    def going(refs: set[str]) -> list[Path]:
-        """The blobs that go when the entries `refs` go."""
-        return [path for path in {path for ref in refs for path in held[ref]} if blobs[path] <= refs]
+    def going(refs: set[str], *, beside: bool = False) -> list[os.stat_result]:
+        """The blobs that go when the entries `refs` go (beside: without those of their files)."""
+        mine: set[str] = set()
+        for ref in refs:
+            mine |= held[ref].beside - held[ref].files if beside else held[ref].beside | held[ref].files
+        return [known[name] for name in mine if name in known and holders[name] <= refs]
 
-    found, models = [], defaultdict[str, list[Entry]](list)
+    found, models = [], defaultdict[str, list[Summary]](list)
+    inside: dict[str, list[os.stat_result]] = {}
     for entry in entries:
         models[entry.name].append(entry)
+    wanted = {entry.name for entry in entries if not names or entry.name in names or entry.ref in names}
+    for entry in entries:
+        if entry.name in wanted:
+            inside[entry.ref] = list(_stats(entry.folder))
         if names and entry.name not in names and entry.ref not in names:
             continue
-        own = {oci.blob_path(catalog.home, file.sha256) for file in entry.files}
-        nbytes, gone = on_disk([entry.folder]), going({entry.ref})
-        freed = store.freed_bytes([*(path for path, _ in _files(entry.folder)), *gone])
-        beside = store.freed_bytes(path for path in gone if path not in own)  # its manifest, and statements about it
-        found.append(Usage(entry, nbytes, nbytes - (freed - beside), freed))
+        bytes_of = {(status.st_dev, status.st_ino): status.st_size for status in inside[entry.ref]}
+        freed = _freed([*inside[entry.ref], *going({entry.ref})])
+        beside = _freed(going({entry.ref}, beside=True))  # its manifest, and statements about it
+        nbytes = sum(bytes_of.values())
+        found.append(Usage(entry, nbytes, nbytes - (freed - beside), freed, bytes_of))
     freed_by_model = {}
     for name in dict.fromkeys(usage.entry.name for usage in found):
-        inside = [path for entry in models[name] for path, _ in _files(entry.folder)]
-        freed_by_model[name] = store.freed_bytes([*inside, *going({entry.ref for entry in models[name]})])
+        refs = {entry.ref for entry in models[name]}
+        freed_by_model[name] = _freed([*(status for ref in refs for status in inside[ref]), *going(refs)])
     return found, freed_by_model
+
+
+def total(found: Iterable[Usage]) -> int:
+    """Bytes of all files of `found`, each inode once."""
+    seen: dict[Inode, int] = {}
+    for one in found:
+        seen.update(one.inodes)
+    return sum(seen.values())
 
 
 def on_disk(folders: Iterable[Path]) -> int:
     """Bytes of all files below `folders`, each inode once."""
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[Inode, int] = {}
     for folder in folders:
-        for _, status in _files(folder):
+        for status in _stats(folder):
             seen[status.st_dev, status.st_ino] = status.st_size
     return sum(seen.values())
+
+
+def _blobs(home: Path) -> dict[str, os.stat_result]:
+    """The status of every blob, by SHA-256."""
+    found: dict[str, os.stat_result] = {}
+    try:
+        inside = list(os.scandir(home / "blobs" / "sha256"))
+    except OSError:
+        return found  # a home without hard links
+    for one in inside:
+        with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+            if one.is_file(follow_symlinks=False):
+                found[one.name] = one.stat(follow_symlinks=False)
+    return found
+
+
+def _freed(names: Iterable[os.stat_result]) -> int:
+    """As `store.freed_bytes`, of names whose status is known; each name once."""
+    counted: dict[Inode, list[int]] = {}
+    for status in names:
+        counted.setdefault((status.st_dev, status.st_ino), [status.st_size, status.st_nlink])[1] -= 1
+    return sum(size for size, left in counted.values() if left <= 0)
 
 
 def garbage(catalog: Catalog, *, older_than: float = 7 * DAY) -> list[Garbage]:
@@ -193,6 +239,23 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 yield from _files(Path(one.path))
             elif one.is_file(follow_symlinks=False):
                 yield Path(one.path), one.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue  # somebody finished meanwhile
+
+
+def _stats(folder: Path | str) -> Iterator[os.stat_result]:
+    """As `_files`, the status alone: of ten thousand entries the paths would cost more than the reading."""
+    try:
+        with os.scandir(folder) as found:
+            inside = [] if os.path.islink(folder) else list(found)
+    except OSError:
+        return  # no folder, or one that went meanwhile
+    for one in inside:
+        try:
+            if one.is_dir(follow_symlinks=False):
+                yield from _stats(one.path)
+            elif one.is_file(follow_symlinks=False):
+                yield one.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue  # somebody finished meanwhile
 

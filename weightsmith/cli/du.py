@@ -22,7 +22,7 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
 
     catalog = Catalog()
     found, models = usage.by_entry(catalog, names)
-    total = usage.on_disk(item.entry.folder for item in found)
+    total = usage.total(found)
     others = {
         what: usage.on_disk([catalog.home / folder])
         for what, folder in (("unfinished work", "work"), ("unfinished downloads", "downloads"), ("staging", "staging"))

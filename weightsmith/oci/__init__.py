@@ -19,6 +19,7 @@ Sources: opencontainers/image-spec v1.1 (image-layout.md, manifest.md: artifactT
 from __future__ import annotations
 
 from weightsmith.oci.blobs import CannotLinkError, adopt, blob_path, read, share
+from weightsmith.oci.held import Holding, holdings
 from weightsmith.oci.layout import (
     begin,
     done,
@@ -38,6 +39,7 @@ from weightsmith.oci.referrers import Attached, attach, attached
 __all__ = [
     "Attached",
     "CannotLinkError",
+    "Holding",
     "adopt",
     "attach",
     "attached",
@@ -47,6 +49,7 @@ __all__ = [
     "drop",
     "exclusive",
     "holders",
+    "holdings",
     "manifest_of",
     "publish",
     "read",
