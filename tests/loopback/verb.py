@@ -15,10 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(home: Path, hub: Hub, **more: str) -> dict[str, str]:
-    """The environment of a user at `home` whose hub is `hub`; without Xet storage, which it does not have."""
+    """The environment of a user at `home` whose hub is `hub`; without Xet storage, which it does not have.
+
+    more: further variables; an empty one is taken away.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return env | {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
+    env |= {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
+    return {name: value for name, value in env.items() if value}
 
 
 def run_verb(home: Path, hub: Hub, *args: str, **more: str) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.loopback.hub import Hub
-from tests.loopback.verb import run_client, run_verb
+from tests.loopback.hub import Hub, Request
+from tests.loopback.verb import ROOT, environment, run_client, run_verb
 from tests.tiny import write_llama
 from weightsmith.catalog import Catalog
 
@@ -143,6 +147,14 @@ def test_what_is_there_is_not_sent_again(tiny: Path, hub: Hub) -> None:
     assert push(tiny, hub, "tiny:q8_0", target, "--dry-run")["files"][0]["state"] == "elsewhere"
 
 
+def test_a_hub_without_xet_gets_lfs(tiny: Path, hub: Hub) -> None:
+    """With hf_xet installed and nothing said about it, the library would ask this hub for Xet for minutes."""
+    done = push(tiny, hub, "tiny:q8_0", f"hf://{REPO}", HF_HUB_DISABLE_XET="")
+    assert done["code"] == 0, done["said"]
+    assert len(put(hub)) == 2, "the model and its card"
+    assert not [request.path for request in hub.log if "xet" in request.path]
+
+
 def test_a_branch_and_a_stopped_push(tiny: Path, hub: Hub) -> None:
     """The commit fails when the objects are there: nothing shows, and the next run sends none of them again."""
     hub.add(REPO, {"README.md": b"the owner's own words, which nobody replaces " * 3})
@@ -161,6 +173,31 @@ def test_a_branch_and_a_stopped_push(tiny: Path, hub: Hub) -> None:
     files = hub.repos[REPO].commits[hub.repos[REPO].refs["next"]].files
     assert files["README.md"] == main(hub)["README.md"]
     assert "signature" not in stopped["said"] + done["said"], "signed addresses are nobody's to read"
+
+
+def test_a_killed_push_goes_on_with_what_has_arrived(tiny: Path, hub: Hub) -> None:
+    """SIGKILL when one of the large files is stored and another one begins."""
+    command = [sys.executable, "-m", "weightsmith", "push", "tiny:original", f"hf://{REPO}", "-q"]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment(tiny, hub, HF_TOKEN=TOKEN))
+
+    def kill(request: Request) -> None:
+        if request.method != "PUT" or first_to_come.acquire(blocking=False):
+            return
+        while not hub.uploads.objects and child.poll() is None:
+            time.sleep(0.01)
+        child.kill()
+
+    first_to_come = threading.Semaphore(1)
+    hub.faults.on_request = kill
+    assert child.wait(timeout=60) == -9
+    assert main(hub).keys() == {".gitattributes"}
+    hub.faults.on_request = None
+    hub.log.clear()
+    arrived = set(hub.uploads.objects)
+    assert arrived
+    done = push(tiny, hub, "tiny:original", f"hf://{REPO}", "--check")
+    assert done["code"] == 0, done["said"]
+    assert not [path for path in put(hub) if any(name in path for name in arrived)]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +241,7 @@ def test_a_moving_branch_and_a_public_repository_are_refused(tiny: Path, hub: Hu
     refused = push(tiny, hub, "tiny:q8_0", f"hf://{REPO}", "--private")
     assert (refused["code"], refused["error"]["kind"]) == (2, "UsageError")
 
-    def move(request: Any) -> None:
+    def move(request: Request) -> None:
         if "/preupload/" in request.path:
             hub.add(REPO, {"b": b"y"})
 

@@ -1,8 +1,10 @@
 """The hub's side of a push, by huggingface_hub: what is there, making repositories and branches, uploading, one commit.
 
 The token is found and sent as for a pull (sources/hub.py): to the configured endpoint, and written nowhere. Large files
-go where the hub says, to addresses that it signed, without the token; with Xet storage (the library's default where
-hf_xet is installed) by that, with a token of its own that the hub makes for it.
+go where the hub says, to addresses that it signed, without the token. On huggingface.co the library sends them to Xet
+storage where hf_xet is installed, with a token of its own that the hub makes for it. With Xet the library does not fall
+back to LFS, and asks a hub that has no Xet again and again for minutes; so for other hubs it is off unless the user
+says HF_HUB_DISABLE_XET=0.
 
 A write is refused for other reasons than a read: the repository may be public and the token may only read. So what the
 hub says to a write is told here, and the rest by hub_errors.py.
@@ -11,6 +13,7 @@ hub says to a write is told here, and the rest by hub_errors.py.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from weightsmith.sources.source import COMMIT
 
 T = TypeVar("T")
 
+_HUB = "https://huggingface.co"
 _AGAIN = "Run the same command again: large files that have arrived are not sent twice."
 _WRITE = "It needs a token with write access: `hf auth login`, or HF_TOKEN; see your hub's settings/tokens."
 
@@ -115,7 +119,7 @@ def _calling(repo: str, branch: str, call: Callable[[Any], T]) -> T:
     from huggingface_hub import HfApi  # noqa: PLC0415
 
     api = HfApi(endpoint=hub.endpoint(), library_name="weightsmith")
-    with _hushed():
+    with _hushed(), _by_lfs(hub.endpoint()):
         try:
             return call(api)
         except connection_errors() as error:
@@ -140,6 +144,20 @@ def _hushed() -> Iterator[None]:
             enable_progress_bars()
 
 
+@contextmanager
+def _by_lfs(address: str) -> Iterator[None]:
+    """Without Xet storage where the hub may lack it and nobody said to use it."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    before = constants.HF_HUB_DISABLE_XET
+    if address != _HUB and not os.environ.get("HF_HUB_DISABLE_XET"):
+        constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
 def _explained(error: BaseException, repo: str, branch: str) -> WeightsmithError:
     """What the hub's refusal of a write means."""
     from huggingface_hub import errors  # noqa: PLC0415
@@ -160,10 +178,7 @@ def _explained(error: BaseException, repo: str, branch: str) -> WeightsmithError
     if isinstance(status, int) and status not in (408, 429) and 400 <= status < 500:
         return WeightsmithError(f"the hub refuses (HTTP {status}){_said(cause)}", path=where)
     found = explain(cause, repo=repo, revision=branch, where=where)
-    hint = _AGAIN
-    if hub.endpoint() != "https://huggingface.co":
-        hint += " A hub without Xet storage needs HF_HUB_DISABLE_XET=1."
-    return type(found)(found.message, path=found.path, hint=hint)
+    return type(found)(found.message, path=found.path, hint=_AGAIN)
 
 
 def _root(error: BaseException) -> BaseException:
