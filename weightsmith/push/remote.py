@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weightsmith import store
 from weightsmith.errors import AccessError, IntegrityError, NotFoundError, UsageError, WeightsmithError
 from weightsmith.progress import bars
 from weightsmith.sources import hub
@@ -60,7 +61,7 @@ def look(repo: str, revision: str) -> tuple[bool, Listing | None]:
     from huggingface_hub import errors  # noqa: PLC0415
 
     try:
-        return True, hub.listed(repo, revision)
+        return True, hub.look(repo, revision, home=store.home())
     except NotFoundError as error:
         if isinstance(error.__cause__, errors.RevisionNotFoundError):
             return True, None

@@ -145,7 +145,7 @@ def look(repo: str, revision: str, *, home: Path) -> Listing:
 
     Raises what `fetch` raises, NotFoundError without a network that may be asked.
     """
-    session = _Session(_endpoint(), repo, home, _offline_mode())
+    session = _Session(endpoint(), repo, home, offline_mode())
     if session.offline:
         hint = "Unset HF_HUB_OFFLINE; what was pulled is not touched."
         raise NotFoundError(f"offline: nobody says where {revision!r} points now", path=session.where, hint=hint)
@@ -154,7 +154,7 @@ def look(repo: str, revision: str, *, home: Path) -> Listing:
 
 def look_back(repo: str, commit: str, *, home: Path) -> Listing | None:
     """The listing of a commit as kept since it was pulled, else as the hub has it; None where it is gone."""
-    session = _Session(_endpoint(), repo, home, _offline_mode())
+    session = _Session(endpoint(), repo, home, offline_mode())
     try:
         return remembered(session.folder, repo, commit, where=session.where)
     except (NotFoundError, IntegrityError):
@@ -167,7 +167,7 @@ def look_back(repo: str, commit: str, *, home: Path) -> Listing | None:
 
 def point(listing: Listing, revision: str, *, home: Path) -> None:
     """Keep that `revision` is the commit of `listing`, for `--offline`."""
-    remember(_Session(_endpoint(), listing.repo, home, offline=True).folder, listing, revision)
+    remember(_Session(endpoint(), listing.repo, home, offline=True).folder, listing, revision)
 
 
 def _listing(session: _Session, revision: str) -> Listing:
@@ -187,11 +187,6 @@ def _listing(session: _Session, revision: str) -> Listing:
         )
     remember(session.folder, listing, revision)
     return listing
-
-
-def listed(repo: str, revision: str) -> Listing:
-    """What the model `repo` holds at `revision`, asked for now and not kept. Raises as `fetch`."""
-    return _ask(_Session(endpoint(), repo, Path(), False), revision)
 
 
 def endpoint() -> str:
