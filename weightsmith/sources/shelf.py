@@ -7,11 +7,14 @@ very model that this one waits for.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from weightsmith.catalog import Catalog
 from weightsmith.sources.listing import Listed, prove
+
+_TICK = 1_000_000_000  # ns: a folder that changed so lately may change again without another time (2 s on FAT aside)
 
 
 class Shelf:
@@ -45,7 +48,8 @@ class Shelf:
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 state.append((folder.name, folder.stat().st_mtime_ns))
         if state != self._state:
-            self._state = state
+            newest = max((changed for _, changed in state), default=0)
+            self._state = state if newest < time.time_ns() - _TICK else None
             self._files = [
                 (file.size, file.sha256, entry.folder / file.path)
                 for entry in self._catalog.entries()
