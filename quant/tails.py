@@ -31,28 +31,36 @@ _SUMS = types.void(
 
 
 @inner
-def _square(x, r, c):
-    return np.float64(x[r, c]) * np.float64(x[r, c])
+def _more(weight, squares, fourths):
+    square = np.float64(weight) * np.float64(weight)
+    return squares + square, fourths + square * square
 
 
 @kernel(_SUMS)
 def _add(x, sums):
+    # Eight rows for one load and store of the sums, and rows as slices: numba checks no sign of an index then, and LLVM
+    # makes SIMD code of it (7.6 thousand million weights a second and core, 1.9 with x[r, c]).
     n_rows, n_columns = x.shape
     whole = n_rows // 8 * 8
     for first in range(0, n_columns, _AT_ONCE):
         last = min(first + _AT_ONCE, n_columns)
-        for r in range(0, whole, 8):  # eight rows for one load and store of the sums, which would take half of the time
-            for c in range(first, last):
-                s0, s1, s2, s3 = _square(x, r, c), _square(x, r + 1, c), _square(x, r + 2, c), _square(x, r + 3, c)
-                s4, s5, s6, s7 = _square(x, r + 4, c), _square(x, r + 5, c), _square(x, r + 6, c), _square(x, r + 7, c)
-                sums[0, c] = sums[0, c] + s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7
-                fourths = sums[1, c] + s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3
-                sums[1, c] = fourths + s4 * s4 + s5 * s5 + s6 * s6 + s7 * s7
+        squares, fourths = sums[0, first:last], sums[1, first:last]
+        for r in range(0, whole, 8):
+            x0, x1, x2, x3 = x[r, first:last], x[r + 1, first:last], x[r + 2, first:last], x[r + 3, first:last]
+            x4, x5, x6, x7 = x[r + 4, first:last], x[r + 5, first:last], x[r + 6, first:last], x[r + 7, first:last]
+            for c in range(last - first):
+                a, b = _more(x0[c], squares[c], fourths[c])
+                a, b = _more(x1[c], a, b)
+                a, b = _more(x2[c], a, b)
+                a, b = _more(x3[c], a, b)
+                a, b = _more(x4[c], a, b)
+                a, b = _more(x5[c], a, b)
+                a, b = _more(x6[c], a, b)
+                squares[c], fourths[c] = _more(x7[c], a, b)
         for r in range(whole, n_rows):
-            for c in range(first, last):
-                square = _square(x, r, c)
-                sums[0, c] += square
-                sums[1, c] += square * square
+            row = x[r, first:last]
+            for c in range(last - first):
+                squares[c], fourths[c] = _more(row[c], squares[c], fourths[c])
 
 
 class Tails:

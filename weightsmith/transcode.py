@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,15 +102,15 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
     total = sum(info.nbytes for info in writer.order)
     with progress(title, total) as ticker, ThreadPoolExecutor(threads) as pool:
         running: set[Future[int]] = set()
-        weights = _slab_weights(work, threads)
-        estimates = Estimates(reader, weights)
+        estimates = Estimates(reader, keep=work.memory is None)
+        ahead = _foreseen(reader, writer, work)
         try:
-            for slab in _slabs(reader, writer, weights):
+            for slab in _slabs(reader, writer, _slab_weights(work, threads)):
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
-                if _is_foreseen(reader, slab, work):
-                    running.add(pool.submit(_foresee, slab, estimates))
+                if slab.start == 0:  # while a tensor is packed, the next one's estimate is made
+                    running |= {pool.submit(_foresee, info, estimates) for info in islice(ahead, 1 if running else 2)}
                 running.add(pool.submit(_move, reader, writer, slab, work, estimates))
             for future in running:
                 ticker.update(future.result())
@@ -119,17 +120,22 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
             raise
 
 
-def _is_foreseen(reader: Reader, slab: Slab, work: Work) -> bool:
-    """Whether a tensor begins that will want an estimate, so that it is made while the one before is finished."""
-    known = work.journal is not None and slab.key in work.journal.known
-    packed = isinstance(reader, BlockSource) and reader.block_codecs(slab.target.name) is not None
-    return slab.start == 0 and work.made is None and not (known or packed) and _wants_estimate(slab, work)
+def _foreseen(reader: Reader, writer: Writer, work: Work) -> Iterator[TensorInfo | None]:
+    """Every tensor in its turn, None for one that will want no estimate, or whose slabs may all be there."""
+    sources = reader.infos()
+    begun = {name for name, start, _ in work.journal.known if start == 0} if work.journal is not None else set()
+    for target in writer.order:
+        source = sources[target.name]
+        packed = isinstance(reader, BlockSource) and reader.block_codecs(target.name) is not None
+        wanted = work.made is None and not packed and target.name not in begun
+        yield source if wanted and _wants_estimate(source, target, work) else None
 
 
-def _foresee(slab: Slab, estimates: Estimates) -> int:
+def _foresee(info: TensorInfo | None, estimates: Estimates) -> int:
     """Make a tensor's estimate; its slabs, which follow, say what went wrong if anything did."""
-    with contextlib.suppress(WeightsmithError):
-        estimates.of(slab.source)
+    if info is not None:
+        with contextlib.suppress(WeightsmithError):
+            estimates.of(info)
     return 0
 
 
@@ -176,9 +182,9 @@ def _recoded(reader: Reader, slab: Slab, work: Work, estimates: Estimates) -> Pa
     """Read a slab and recode it, errors named."""
     estimate = None
     try:
-        if _wants_estimate(slab, work):
+        if _wants_estimate(slab.source, slab.target, work):
             estimate = estimates.of(slab.source)
-        rows = reader.rows(slab.source.name, slab.start, slab.stop)
+        rows = estimates.rows(slab.source, slab.start, slab.stop)
         return recode(rows, slab, work, estimate)
     except WeightsmithError as error:
         error.tensor = error.tensor or slab.source.name
@@ -245,11 +251,10 @@ def _stored(reader: Reader, slab: Slab) -> Packed | None:
     return found[0] if found is not None else None
 
 
-def _wants_estimate(slab: Slab, work: Work) -> bool:
+def _wants_estimate(source: TensorInfo, target: TensorInfo, work: Work) -> bool:
     """Rows that are looked up have no activations to meet: all of their weights count alike."""
-    target = slab.target
     return (
-        slab.source.codec != target.codec
+        source.codec != target.codec
         and codecs.heeds_importance(target.codec, work.effort)
         and target.name not in work.importances
         and not recipes.is_embedding(target.name)

@@ -38,7 +38,7 @@ def fill(rows, first, importance, tiles, units):
     """
     worst = np.int32(0)
     width = rows.shape[1]
-    again = importance.shape[0] == 1 and first > 0  # all tiles of a call have the same importances
+    again = LANES % importance.shape[0] == 0 and first > 0  # then all tiles of a call have the same importances
     for lane in range(LANES):
         b = first + lane
         top = np.int32(0)
