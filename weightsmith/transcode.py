@@ -102,7 +102,7 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
     total = sum(info.nbytes for info in writer.order)
     with progress(title, total) as ticker, ThreadPoolExecutor(threads) as pool:
         running: set[Future[int]] = set()
-        estimates = Estimates(reader, keep=work.memory is None)
+        estimates = Estimates(reader)
         ahead = _foreseen(reader, writer, work)
         try:
             for slab in _slabs(reader, writer, _slab_weights(work, threads)):
@@ -184,7 +184,7 @@ def _recoded(reader: Reader, slab: Slab, work: Work, estimates: Estimates) -> Pa
     try:
         if _wants_estimate(slab.source, slab.target, work):
             estimate = estimates.of(slab.source)
-        rows = estimates.rows(slab.source, slab.start, slab.stop)
+        rows = reader.rows(slab.source.name, slab.start, slab.stop)
         return recode(rows, slab, work, estimate)
     except WeightsmithError as error:
         error.tensor = error.tensor or slab.source.name
