@@ -56,6 +56,18 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     return call
 
 
+@pytest.fixture
+def tiny_models(tmp_path: Path, told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tiny:original, pulled from the folder `tiny` in tmp_path, and tiny:q8_0 made from that; returns the home."""
+    from tests.tiny import write_llama
+
+    write_llama(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    told("pull", "tiny")
+    told("quantize", "tiny", "--to", "gguf:Q8_0")
+    return tmp_path / "weightsmith-home"
+
+
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as Q4_1 GGUF."""

@@ -6,6 +6,7 @@ writer is what a killed run left behind; the next run for the same output takes 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from weightsmith.errors import OutputExistsError, ResourceError, WeightsmithError
 from weightsmith.safename import check_name
+
+_LARGE = 1 << 18  # bytes of a write that is worth a hint to the kernel
 
 
 def part_path(path: Path) -> Path:
@@ -98,9 +101,6 @@ def _open_locked(path: Path, flags: int, *, folder: bool = False) -> int:
         os.close(handle)
 
 
-_AT_ONCE = 1 << 18  # bytes
-
-
 def _locked_soon(handle: int) -> bool:
     """Lock an open file; not at once, because who only looks whether it is free holds it for a moment."""
     for _ in range(20):
@@ -125,9 +125,11 @@ def _write_at(handle: int, offset: int, data: bytes | memoryview) -> None:
     while view:
         done = os.pwrite(handle, view, offset)
         view, offset = view[done:], offset + done
-    if size >= _AT_ONCE and hasattr(os, "posix_fadvise"):
-        # Linux begins to bring what was written to the disk, and keeps it in memory while it does.
-        os.posix_fadvise(handle, begin, size, os.POSIX_FADV_DONTNEED)
+    if size >= _LARGE and hasattr(os, "posix_fadvise"):
+        # Linux begins to bring what was written to the disk, and keeps it in memory while it does. Only a hint: where
+        # it is refused, the final fsync waits longer.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(handle, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 class AtomicFile:

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class WeightsmithError(Exception):
@@ -43,6 +43,11 @@ class WeightsmithError(Exception):
             where.append(f"tensor {self.tensor!r}")
         text = f"{', '.join(where)}: {self.message}" if where else self.message
         return f"{text}\n  {self.hint}" if self.hint else text
+
+    def told(self) -> dict[str, Any]:
+        """The same for machines, as plain values."""
+        where = {"path": str(self.path) if self.path else None, "tensor": self.tensor, "hint": self.hint}
+        return {"kind": type(self).__name__, "exit_code": self.exit_code, "message": self.message} | where
 
 
 class UnsupportedError(WeightsmithError):

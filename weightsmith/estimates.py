@@ -31,9 +31,9 @@ class Estimates:
     def of(self, info: TensorInfo) -> NDArray[np.float32]:
         """Importance of every input channel of `info`, a tensor of the reader; float32 [row_len]. Raises as reading."""
         with self._lock:
-            known = self._found.get(info.name)
+            is_first = info.name not in self._found
             found = self._found.setdefault(info.name, Future())
-        if known is None:
+        if is_first:
             try:
                 found.set_result(self._estimate(info))
             except BaseException as error:

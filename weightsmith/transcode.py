@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import islice
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,12 +105,13 @@ def transcode(reader: Reader, writer: Writer, *, title: str, work: Work) -> None
         estimates = Estimates(reader)
         ahead = _foreseen(reader, writer, work)
         try:
+            running.add(pool.submit(_foresee, next(ahead, None), estimates))
             for slab in _slabs(reader, writer, _slab_weights(work, threads)):
                 if len(running) >= 2 * threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     ticker.update(sum(future.result() for future in done))
                 if slab.start == 0:  # while a tensor is packed, the next one's estimate is made
-                    running |= {pool.submit(_foresee, info, estimates) for info in islice(ahead, 1 if running else 2)}
+                    running.add(pool.submit(_foresee, next(ahead, None), estimates))
                 running.add(pool.submit(_move, reader, writer, slab, work, estimates))
             for future in running:
                 ticker.update(future.result())
@@ -126,9 +127,13 @@ def _foreseen(reader: Reader, writer: Writer, work: Work) -> Iterator[TensorInfo
     begun = {name for name, start, _ in work.journal.known if start == 0} if work.journal is not None else set()
     for target in writer.order:
         source = sources[target.name]
-        packed = isinstance(reader, BlockSource) and reader.block_codecs(target.name) is not None
-        wanted = work.made is None and not packed and target.name not in begun
+        wanted = work.made is None and not _is_packed(reader, target.name) and target.name not in begun
         yield source if wanted and _wants_estimate(source, target, work) else None
+
+
+def _is_packed(reader: Reader, name: str) -> TypeGuard[BlockSource]:
+    """Whether a tensor is a linear whose codes the reader can give as blocks."""
+    return isinstance(reader, BlockSource) and reader.block_codecs(name) is not None
 
 
 def _foresee(info: TensorInfo | None, estimates: Estimates) -> int:
@@ -195,7 +200,7 @@ def _recoded(reader: Reader, slab: Slab, work: Work, estimates: Estimates) -> Pa
 def _take(reader: Reader, slab: Slab, work: Work) -> Packed | None:
     """The slab's codes as blocks of the target, without requantizing, if the source has such and they fit."""
     name, codes = slab.target.name, work.codes
-    if not slab.is_costly or not isinstance(reader, BlockSource) or reader.block_codecs(name) is None:
+    if not slab.is_costly or not _is_packed(reader, name):
         return None
     found = reader.blocks(name, slab.target.codec, slab.start, slab.stop)
     with codes.lock:
@@ -227,7 +232,7 @@ def compare(reader: Reader, work: Work) -> None:
     def same(found: tuple[Slab, int]) -> int:
         slab, wanted = found
         info = infos.get(slab.target.name)
-        packed = isinstance(reader, BlockSource) and reader.block_codecs(slab.target.name) is not None
+        packed = _is_packed(reader, slab.target.name)
         if info is None or info.shape != slab.target.shape or not (packed or info.codec == slab.target.codec):
             what = "is absent" if info is None else f"is {list(info.shape)} in {info.codec}"
             raise IntegrityError(f"{what} after writing", path=reader.path, tensor=slab.target.name, hint=_REPORT)

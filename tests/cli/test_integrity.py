@@ -24,14 +24,10 @@ REPO = "org/Tiny-Llama"
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path: Path, tiny_models: Path) -> Path:
     """tiny:original and tiny:q8_0, whose source is gone; returns the catalog's home."""
-    write_llama(tmp_path / "tiny")
-    monkeypatch.chdir(tmp_path)
-    told("pull", "tiny")
-    told("quantize", "tiny", "--to", "gguf:Q8_0")
     shutil.rmtree(tmp_path / "tiny")
-    return tmp_path / "weightsmith-home"
+    return tiny_models
 
 
 def flip(path: Path) -> bytes:

@@ -36,12 +36,8 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path: Path, tiny_models: Path) -> Path:
     """A catalog with tiny:original (from a path) and tiny:q8_0."""
-    write_llama(tmp_path / "tiny")
-    monkeypatch.chdir(tmp_path)
-    told("pull", "tiny")
-    told("quantize", "tiny", "--to", "gguf:Q8_0")
     return tmp_path
 
 

@@ -88,12 +88,12 @@ def make(job: Job, settings: Settings, originals: gates.Originals) -> Outcome:
     except InterruptedRunError:
         raise
     except WeightsmithError as error:
-        outcome.status, outcome.error = "failed", _told(error)
+        outcome.status, outcome.error = "failed", error.told()
     except MemoryError:
-        outcome.status, outcome.error = "failed", _told(ResourceError("out of memory"))
+        outcome.status, outcome.error = "failed", ResourceError("out of memory").told()
     except OSError as error:
         failure = WeightsmithError(error.strerror or str(error), path=error.filename)
-        outcome.status, outcome.error = "failed", _told(failure)
+        outcome.status, outcome.error = "failed", failure.told()
     outcome.seconds = round(time.monotonic() - begun, 2)
     return outcome
 
@@ -187,8 +187,3 @@ def _moves(catalog: Catalog, alias: str, entry: Entry) -> bool:
 def _failed(catalog: Catalog, job: Job) -> list[dict[str, Any]]:
     names = {gate.name for gate in job.gates}
     return [item for item in aliases.failures(catalog.get(job.ref)) if item["gate"] in names]
-
-
-def _told(error: WeightsmithError) -> dict[str, Any]:
-    where = {"path": str(error.path) if error.path else None, "tensor": error.tensor, "hint": error.hint}
-    return {"kind": type(error).__name__, "exit_code": error.exit_code, "message": error.message} | where

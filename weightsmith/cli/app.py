@@ -120,8 +120,6 @@ def _tell(error: WeightsmithError, args: list[str]) -> int:
     click.echo(f"error: {error}", err=True)
     # A missed gate has already printed its whole result.
     if "--json" in args and not isinstance(error, QualityGateError):
-        where = {"path": str(error.path) if error.path else None, "tensor": error.tensor, "hint": error.hint}
-        body = {"kind": type(error).__name__, "exit_code": error.exit_code, "message": error.message} | where
         with contextlib.suppress(BrokenPipeError):
-            click.echo(json.dumps({"error": body}, indent=2))
+            click.echo(json.dumps({"error": error.told()}, indent=2))
     return error.exit_code

@@ -82,7 +82,7 @@ def command(
                 )
         models = locks.choose(locks.read(locked), source, locked)
         entries = pull_locked(Catalog(), models, offline=offline, overwrite=force, allow_pickle=allow_pickle)
-        told = [_result(entry) for entry in entries]
+        told = [_result(entry) for entry in entries] if as_json else []
         emit({"locked": told}, "\n\n".join(map(_text, entries)) or "The lock is empty.", as_json=as_json)
         return
     if source is None:
@@ -103,7 +103,7 @@ def command(
     )
     if lock is not None:
         locks.write(lock, [entry])
-    emit(_result(entry), _text(entry), as_json=as_json)
+    emit(_result(entry) if as_json else {}, _text(entry), as_json=as_json)
 
 
 def _result(entry: Entry) -> dict[str, object]:

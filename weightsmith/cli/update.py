@@ -73,7 +73,6 @@ def command(
 
 def _result(outcome: Outcome) -> dict[str, Any]:
     changes = outcome.changes
-    error = outcome.error
     return {
         "ref": outcome.ref,
         "source": outcome.source,
@@ -90,9 +89,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
         ],
         "reasons": list(outcome.reasons),
         "made_from_the_old": list(outcome.derived),
-        "error": None
-        if error is None
-        else {"kind": type(error).__name__, "exit_code": error.exit_code, "message": error.message, "hint": error.hint},
+        "error": outcome.error.told() if outcome.error is not None else None,
     }
 
 

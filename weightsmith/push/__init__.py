@@ -26,6 +26,7 @@ from weightsmith.errors import IntegrityError, UnsafeInputError, UsageError
 from weightsmith.push import card as cards
 from weightsmith.push import remote
 from weightsmith.safename import resolve_inside
+from weightsmith.sources import hub
 from weightsmith.sources.listing import Listed, Listing, prove
 from weightsmith.sources.source import COMMIT, Source, parse
 from weightsmith.store import RECORD, Entry, File
@@ -100,8 +101,8 @@ def plan(
         raise UsageError("the entry has a README.md, which is the card", hint="Leave --card out.")
     endpoint = remote.ready(target.target, need_token=not dry)
     exists, listing = remote.look(target.target, target.revision or "main")
-    if listing is not None and listing.answers is not None:
-        log.warning("hf://%s now answers as %s; check that it is still who you mean", target.target, listing.answers)
+    if listing is not None:
+        hub.warn_of_redirect(listing, f"hf://{target.target}")
     items = tuple(Item(file, _state(entry, file, listing)) for file in entry.files)
     there = listing is not None and README in listing.files
     readme = "own" if own else "kept" if there and not card else "replaced" if there else "written"

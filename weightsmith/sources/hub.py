@@ -165,6 +165,12 @@ def look_back(repo: str, commit: str, *, home: Path) -> Listing | None:
         return None
 
 
+def warn_of_redirect(listing: Listing, where: str) -> None:
+    """Say so if the repository that was asked for at `where` answers under another name."""
+    if listing.answers is not None:
+        log.warning("%s now answers as %s; check that it is still who you mean", where, listing.answers)
+
+
 def point(listing: Listing, revision: str, *, home: Path) -> None:
     """Keep that `revision` is the commit of `listing`, for `--offline`."""
     remember(_Session(endpoint(), listing.repo, home, offline=True).folder, listing, revision)
@@ -175,8 +181,7 @@ def _listing(session: _Session, revision: str) -> Listing:
     if session.offline:
         return remembered(session.folder, session.repo, revision, where=session.where)
     listing = _ask(session, revision)
-    if listing.answers is not None:
-        log.warning("%s now answers as %s; check that it is still who you mean", session.where, listing.answers)
+    warn_of_redirect(listing, session.where)
     if listing.created is not None and (before := born(session.folder) - {listing.created}):
         log.warning(
             "%s was made on %s; what was pulled from there before, on %s. The name has been taken anew: "

@@ -1,7 +1,7 @@
 """The same bytes whatever instructions the kernels are compiled for, from any number of threads.
 
-Three x86 targets beside the machine's own (`test_k_bytes`): SSE2 alone, AVX2 with FMA, AVX-512. Each compiles all
-codecs in a process and a cache of its own, so nothing comes from another target.
+Three x86 targets beside the machine's own (`test_k_bytes`, `test_tails`): SSE2 alone, AVX2 with FMA, AVX-512.
+Each compiles all codecs in a process and a cache of its own, so nothing comes from another target.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.quant import test_tails
 from tests.quant.kquants import ggml
 from tests.quant.kquants.test_k_bytes import DIGESTS
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys
+from tests.quant import test_tails
 from tests.quant.kquants.test_k_bytes import digest
-print(json.dumps([{codec: digest(codec, threads) for codec in sys.argv[1:]} for threads in (1, 2, 4)]))
+by_threads = [{codec: digest(codec, threads) for codec in sys.argv[1:]} for threads in (1, 2, 4)]
+print(json.dumps([*by_threads, test_tails.digest()]))
 """
 NEEDS = {"generic": "", "haswell": "avx2", "skylake-avx512": "avx512f"}
 
@@ -49,4 +52,4 @@ def test_processors_and_threads_do_not_matter(target: str, tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [DIGESTS] * 3
+    assert json.loads(done.stdout) == [*[DIGESTS] * 3, test_tails.DIGEST]
