@@ -52,6 +52,7 @@ class Journal:
     def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = journal_path(output)
         head = json.dumps(fingerprint, sort_keys=True)
+        self._is_empty = not os.path.lexists(self.path)
         self.known = _read(self.path, head)
         self._lock = threading.Lock()
         with disk_errors(self.path):
@@ -66,12 +67,15 @@ class Journal:
         """Note that `packed` was written for the slab `key`, and what it lost."""
         line = _line(key, Done(digest(packed), loss))
         with self._lock, disk_errors(self.path):
+            self._is_empty = False
             self._file.write(line + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        """Keep the journal for the next run."""
+        """Keep the journal for the next run; one that was begun here and notes nothing is no use to it."""
         self._file.close()
+        if self._is_empty:
+            self.path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The output is finished: forget the journal."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,3 +148,14 @@ def test_what_was_written_is_read_back(
     assert "are not what was written" in error
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".gguf", ".safetensors")]
     assert not (tmp_path / "out").is_file()
+
+
+def test_a_disk_without_room_is_left_as_it_was(
+    wide: Path, tmp_path: Path, told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("weightsmith.atomic.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    error = told("quantize", str(wide), "--to", "gguf:Q8_0", "-o", str(out / "o.gguf"), code=6)
+    assert "are free" in error["error"]["message"]
+    assert list(out.iterdir()) == []
