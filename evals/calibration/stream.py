@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weightsmith.evals.calibration import routed
+from weightsmith.evals.calibration import products, routed
 from weightsmith.evals.calibration.carry import Carry
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
@@ -84,7 +84,8 @@ class _Collector:
             return
         if names[0] not in self.found:
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
-        self.found[names[0]].add(into)
+        with products.precision():
+            self.found[names[0]].add(into)
         if self.one_group and routed.stage_of(names[0]) is None:
             raise EnoughError
 
@@ -130,7 +131,7 @@ class _Run:
             return
         for start in range(0, self.carry.rows, self.step * every):
             carried = before = self.carry.take(start, start + self.step, place)
-            with suppress(EnoughError):
+            with suppress(EnoughError), products.precision(products.quick(place.device)):
                 for stage in stages:
                     carried = stage.run(layer, carried, self.tables, self.decoder.config, tap)
                 if keep:
@@ -148,11 +149,13 @@ class _Run:
             steps = []
             for start in range(first, min(first + at_once, self.carry.rows), self.step):
                 carried = self.carry.take(start, min(start + self.step, first + at_once), place)
-                for stage in before:
-                    carried = stage.run(layer, carried, self.tables, config, tap)
+                with products.precision(products.quick(place.device)):
+                    for stage in before:
+                        carried = stage.run(layer, carried, self.tables, config, tap)
                 steps.append(carried[0] if before else carried[0].clone())
                 del carried
-            moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
+            with products.precision(products.quick(place.device)):
+                moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
             for number, x in enumerate(steps if keep else ()):
                 self.carry.put(first + number * self.step, (x,))
         if keep:

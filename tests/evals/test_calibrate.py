@@ -15,7 +15,7 @@ from tests.evals import letters
 from tests.evals.memory_reader import TINY, MemoryReader, tiny
 from tests.evals.oracle import oracle
 from weightsmith.errors import IntegrityError, UsageError
-from weightsmith.evals.calibration import Block, Options, calibrate, imatrix
+from weightsmith.evals.calibration import Block, Options, calibrate, imatrix, products
 from weightsmith.evals.calibration.rows import draw
 from weightsmith.evals.calibration.states import States
 from weightsmith.quant.calibration import Moments
@@ -29,6 +29,7 @@ GROUPS = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, 
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.install(monkeypatch)
+    monkeypatch.setattr(products, "quick", lambda _device: "highest")  # what is compared here is exact
 
 
 def model(**fields: Any) -> MemoryReader:
