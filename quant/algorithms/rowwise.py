@@ -173,9 +173,10 @@ def share_out(loop: Callable[..., Any], told: tuple[Any, ...], rows: int, weight
     if threads == 1:
         loop(*told, 0, count)
         return
-    bounds = [count * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(loop, *told, first, last) for first, last in itertools.pairwise(bounds)]
+    spans = list(itertools.pairwise(count * part // threads for part in range(threads + 1)))
+    with ThreadPoolExecutor(threads - 1) as pool:
+        jobs = [pool.submit(loop, *told, *span) for span in spans[1:]]
+        loop(*told, *spans[0])
         for job in jobs:
             job.result()
 
