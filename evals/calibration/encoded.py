@@ -184,7 +184,7 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
         except WeightsmithError as error:
             error.tensor = error.tensor or name
             raise
-        lost, whole = loss_of(w, q, moments.h), loss_of(w, torch.zeros_like(w), moments.h)
+        lost, whole = loss_of(w, q, moments.h), loss_of(w, None, moments.h)
         stored[key] = packed
         stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
         if expert_of(name) is None:

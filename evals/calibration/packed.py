@@ -225,7 +225,7 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
             stop = start + len(part)
             one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
             q = one.dequantize()
-            lost, whole = loss_of(part, q, h), loss_of(part, torch.zeros_like(part), h)
+            lost, whole = loss_of(part, q, h), loss_of(part, None, h)
             losses[name] = lost / whole if whole else math.nan
             stem = key.removesuffix(".weight")
             fields = ("codes", "scales", "zeros", "g_idx")

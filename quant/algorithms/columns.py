@@ -19,8 +19,6 @@ from torch import Tensor
 
 from weightsmith.quant.lattice import Lattice
 
-Place = slice | Tensor  # columns: neighbours, or by index
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
@@ -76,21 +74,34 @@ class Columns:
         self.inverse = torch.empty_like(self.scales)
         if self.dmin is not None:
             self.offsets = torch.empty_like(self.scales)
-        for block in range(len(self.d)):
-            self.refresh(block)
+        self.refresh(slice(0, len(self.d)))
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether a block is a group with a scale of its own and nothing else."""
+        return self.per == 1 and self.dmin is None and self.reach[0] == (1, 1)
+
+    def ends(self) -> list[int]:
+        """Where blocks of neighbouring columns end."""
+        counts = torch.bincount(self.places, minlength=len(self.scales)).view(-1, self.per).sum(1)
+        return counts.cumsum(0).tolist()
 
     def groups(self, block: int) -> slice:
         """The groups of a block."""
         return slice(block * self.per, (block + 1) * self.per)
 
-    def refresh(self, block: int) -> None:
-        """Bring steps and offsets up to date after a change within a block."""
-        groups = self.groups(block)
-        self.steps[groups] = self.d[block] * self.scales[groups]
-        step = self.steps[groups]
+    def refresh(self, blocks: slice) -> None:
+        """Bring steps and offsets up to date after a change within blocks."""
+        groups = slice(blocks.start * self.per, blocks.stop * self.per)
+
+        def spread(values: Tensor) -> Tensor:
+            return values[blocks].repeat_interleave(self.per, 0) if self.per > 1 else values[blocks]
+
+        step = spread(self.d) * self.scales[groups]
+        self.steps[groups] = step
         self.inverse[groups] = torch.where(step == 0, torch.zeros_like(step), 1 / step)
         if self.offsets is not None and self.dmin is not None and self.mins is not None:
-            self.offsets[groups] = -(self.dmin[block] * self.mins[groups])
+            self.offsets[groups] = -(spread(self.dmin) * self.mins[groups])
 
     def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes nearest to weights [out] of a column of `group`, and their weights."""

@@ -1,7 +1,7 @@
 """Error-compensated encoding into GGUF's block layouts.
 
 1. The layout's own search chooses scales (and a first set of codes) for the original weights, by importances that come
-   from H: what an error in a column costs after the others have answered, 1 / U_ii^2.
+   from H: what an error in a column costs after the others have answered (`moments.answers`).
 2. With this grid standing, GPTQ's feedback chooses the codes anew, columns of large moments first (`descent`).
 3. Sweeps of descent move halfs, integers and codes, with the full H.
 4. A row that would be better off as the plain search by the diagonal of H leaves it (rare) is taken from there.
@@ -22,7 +22,7 @@ from weightsmith.errors import UsageError
 from weightsmith.quant import codecs
 from weightsmith.quant.algorithms.columns import Columns, of_lattice, to_lattice
 from weightsmith.quant.algorithms.descent import Descent, even_bounds, feedback
-from weightsmith.quant.algorithms.moments import damped, factor
+from weightsmith.quant.algorithms.moments import answers, damped, factor
 from weightsmith.quant.algorithms.rtn import check_finite
 from weightsmith.types import Packed
 
@@ -32,11 +32,13 @@ ROWS = 1 << 22  # weights compensated at once
 @dataclass(slots=True, eq=False)
 class Inputs:
     """The second moments of some linears' inputs, made ready. h: damped, float32 [in, in], in the columns' own order.
-    u: float32, upper, U^T U = h^-1 in `order`, the order of rounding. diagonal: of H as measured."""
+    answers: float32 [in, in] in `order`, the order of rounding. importance: float32 [in], in the columns' own order.
+    diagonal: of H as measured."""
 
     h: Tensor
-    u: Tensor
+    answers: Tensor
     order: Tensor
+    importance: Tensor
     diagonal: Tensor
 
     @classmethod
@@ -46,15 +48,11 @@ class Inputs:
         damp, shrink: see `moments`.
         """
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
-        u, share = factor(h, order, damp, shrink)
-        return cls(damped(h, share, shrink).float(), u.float(), order, h.diagonal().clone())
-
-    @property
-    def importance(self) -> Tensor:
-        """1 / U_ii^2 in the columns' own order."""
-        found = torch.empty_like(self.diagonal)
-        found[self.order] = self.u.diagonal().square().reciprocal()
-        return found
+        a, share = factor(h, order, damp, shrink, torch.float32)
+        found, squares = answers(a)
+        importance = torch.empty_like(squares)
+        importance[order] = squares
+        return cls(damped(h, share, shrink).float(), found, order, importance, h.diagonal().clone())
 
 
 @torch.no_grad()
@@ -81,10 +79,11 @@ def _encode(codec: str, w: Tensor, inputs: Inputs, sweeps: int, effort: str) -> 
     guided = codecs.encode(codec, rows, importance=inputs.importance.cpu().numpy(), effort=effort)
     lattice = codecs.unpack(codec, guided)
     grid, _ = of_lattice(lattice, w.dtype, w.device)
-    found = feedback(wt[inputs.order], inputs.u, grid, grid.places[inputs.order].tolist(), bounds=even_bounds(len(wt)))
-    codes = torch.empty_like(found)
-    codes[inputs.order] = found
-    down = _descended(wt, codes, grid, inputs, sweeps)
+    off = wt[inputs.order]
+    labels = grid.places[inputs.order].tolist()
+    found = feedback(off, inputs.answers, grid, labels, bounds=even_bounds(len(wt)))
+    back = torch.argsort(inputs.order)
+    down = _descended(off[back], found[back], grid, inputs, sweeps)
     loss = _losses(wt, down.q, inputs.h)
     made = codecs.pack(codec, to_lattice(lattice, grid, down.codes))
     q = down.q.T.contiguous()
@@ -98,9 +97,8 @@ def _encode(codec: str, w: Tensor, inputs: Inputs, sweeps: int, effort: str) -> 
     return made, q
 
 
-def _descended(wt: Tensor, codes: Tensor, grid: Columns, inputs: Inputs, sweeps: int) -> Descent:
-    q = grid.weights(codes, grid.places)
-    down = Descent(inputs.h, q, inputs.h @ (wt - q), codes, grid)
+def _descended(off: Tensor, codes: Tensor, grid: Columns, inputs: Inputs, sweeps: int) -> Descent:
+    down = Descent(inputs.h, grid.weights(codes, grid.places), inputs.h @ off, codes, grid)
     for left in reversed(range(sweeps)):
         down.sweep(last=not left)
     return down

@@ -1,9 +1,13 @@
 """Error feedback and descent: codes for a grid, column by column, with the whole of H.
 
-`feedback` is GPTQ's loop. Columns are rounded in a fixed order; U is upper triangular with U^T U = H^-1 in that order.
-After column i is rounded with error e = (w_i - q_i) / U_ii, the best answer of all later columns is W_j -= e U_ij, and
-what remains lost is the sum of all e^2. Updates are applied within a block of columns at once and to the rest block by
-block, which changes nothing but the speed.
+`feedback` is GPTQ's loop. Columns are rounded in a fixed order; A is upper triangular with A A^T = H in that order. The
+loss is the squared length of (W - Q) A, of which component j depends on the columns up to j only, so column j does best
+as the code nearest to
+
+    w_j + sum over i < j of (w_i - q_i) A_ij / A_jj
+
+That is what GPTQ finds step by step with the factor of H^-1, without the inverse. Sums are taken within a block of
+columns one by one and over the blocks before it as a product, which changes nothing but the speed.
 
 `Descent` takes a finished matrix further down, alternately
 
@@ -12,9 +16,12 @@ block, which changes nothing but the speed.
   the mins around their joint least squares, and the present one, the best pair is taken,
 - each code to the best one while all others stand.
 
-Each step is taken where it lowers tr((W - Q) H (W - Q)^T) and judged by the exact change of that, so the loss falls.
+It works stripe by stripe, blocks of together STRIPE columns or a little more: first their grids, then their codes, then
+what they moved is taken off everybody's slope in one product. Each step is taken where it lowers
+tr((W - Q) H (W - Q)^T) and judged by the exact change of that, so the loss falls.
 
-Ref: Frantar et al., GPTQ, arXiv 2210.17323; coordinate descent as in QuantEase, arXiv 2309.01885.
+Ref: Frantar et al., GPTQ, arXiv 2210.17323; without the inverse, as Babai's nearest plane: Chen et al., arXiv
+2507.18553; coordinate descent as in QuantEase, arXiv 2309.01885.
 """
 
 from __future__ import annotations
@@ -25,41 +32,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weightsmith.quant.algorithms import rowwise
-from weightsmith.quant.algorithms.columns import Columns, Place
+from weightsmith.quant.algorithms import blockwise, rowwise
+from weightsmith.quant.algorithms.columns import Columns
 
-BLOCK = 128  # columns per lazy update
+BLOCK = 128  # columns that are rounded one by one before a product takes what they moved further
+STRIPE = 128  # columns at least that are moved together, first their grids and then their codes
+MOST = 512  # columns of a stripe up to which a kernel is faster than products of whole matrices
 FIXED = ((1, 1), (0, 0))  # a grid without integers
 
 Begin = Callable[[int, Tensor], None]
 
 
 def feedback(
-    wt: Tensor, u: Tensor, grid: Columns, labels: list[int], *, bounds: list[int], begin: Begin | None = None
+    wt: Tensor, answers: Tensor, grid: Columns, labels: list[int], *, bounds: list[int], begin: Begin | None = None
 ) -> Tensor:
-    """Round wt [in, out] row by row with error feedback; codes uint8 [in, out]. wt is used up.
+    """Round wt [in, out] row by row with error feedback; codes uint8 [in, out]. wt becomes what they are off, W - Q.
 
-    labels: the group of every row. bounds: where blocks end. begin(i, wt) may choose the grid of row i's group before
-    it is rounded; within its block wt is up to date.
+    answers: A_ij / A_jj, see `moments.answers`. labels: the group of every row. bounds: where blocks end. begin(i,
+    rest) may choose the grid of row i's group before it is rounded, from the rest of its block as it stands.
     """
     codes = torch.empty_like(wt, dtype=torch.uint8)
     start = 0
     for stop in bounds:
-        here, corner = wt[start:stop], u[start:stop, start:stop]
+        own, corner = wt[start:stop], answers[start:stop, start:stop]
+        here = own.clone()
+        if start:
+            here.addmm_(answers[:start, start:stop].T, wt[:start])
         if begin is None and _is_plain(here):
-            codes[start:stop], errors = rowwise.feed(here, corner, grid, torch.tensor(labels[start:stop]))
-            wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
-            start = stop
-            continue
-        errors = torch.empty_like(here)
-        for i in range(stop - start):
-            if begin is not None:
-                begin(start + i, wt)
-            found, q = grid.nearest(here[i], labels[start + i])
-            codes[start + i] = found
-            errors[i] = (here[i] - q).div_(corner[i, i])
-            here[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
-        wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+            codes[start:stop], off = rowwise.feed(here, own, corner, grid, torch.tensor(labels[start:stop]))
+            own.copy_(off)
+        else:
+            for i in range(stop - start):
+                if begin is not None:
+                    begin(start + i, here[i:])
+                codes[start + i], q = grid.nearest(here[i], labels[start + i])
+                own[i] -= q
+                here[i + 1 :].addr_(corner[i, i + 1 :], own[i])
         start = stop
     return codes
 
@@ -79,8 +87,27 @@ def _halfs(values: Tensor) -> Tensor:
 
 
 @dataclass(slots=True, eq=False)
+class _Stripe:
+    """Neighbouring columns, with their square of H and the slope there, which follows every move among them."""
+
+    start: int
+    corner: Tensor
+    slope: Tensor
+
+    def inside(self, columns: slice) -> slice:
+        """The columns counted from the stripe's first."""
+        return slice(columns.start - self.start, columns.stop - self.start)
+
+    def follow(self, columns: slice, moved: Tensor, *, behind: bool = False) -> None:
+        """Bring the slope up to date after `columns` were moved; behind: only of those that come later."""
+        inside = self.inside(columns)
+        first = inside.stop if behind else 0
+        self.slope[first:].addmm_(self.corner[first:, inside], moved, alpha=-1)
+
+
+@dataclass(slots=True, eq=False)
 class Descent:
-    """Codes and grid on their way down. All in the columns' own order and transposed: [in, out] and [groups, out].
+    """Codes and grid on their way down. All transposed, [in, out] and [groups, out]; groups are neighbouring columns.
 
     slope: (H (W - Q))^T, half the negative gradient of the loss by Q.
     """
@@ -92,42 +119,65 @@ class Descent:
     grid: Columns
 
     def sweep(self, *, last: bool = False) -> None:
-        """Every block's grid once, then every code once. last: of `slope`, nothing will be asked any more."""
-        self.move_grid()
-        self.move_codes(last=last)
+        """Stripe by stripe: every block's grid once, then every code. last: `slope` will not be asked any more."""
+        ends = self.grid.ends()
+        first = 0
+        for block in range(len(ends)):
+            start, stop = ends[first - 1] if first else 0, ends[block]
+            if stop - start < STRIPE and block + 1 < len(ends):
+                continue
+            stripe = _Stripe(start, self.h[start:stop, start:stop].contiguous(), self.slope[start:stop].clone())
+            old = self.q[start:stop].clone()
+            self._move_grid(stripe, ends[first : block + 1], first)
+            self._move_codes(stripe, stop)
+            behind = stop if last else 0
+            self.slope[behind:].addmm_(self.h[behind:, start:stop], self.q[start:stop] - old, alpha=-1)
+            first = block + 1
 
-    def move_grid(self) -> None:
-        """Halfs and integers of all blocks, block after block."""
-        grid = self.grid
-        order = torch.argsort(grid.places, stable=True)
-        scattered = bool((order[1:] < order[:-1]).any())
-        ends = [0, *torch.cumsum(torch.bincount(grid.places, minlength=len(grid.scales)), 0).tolist()]
-        for block in range(len(grid.d)):
-            groups = range(block * grid.per, (block + 1) * grid.per)
-            start, stop = ends[groups[0]], ends[groups[-1] + 1]
-            columns = order[start:stop] if scattered else slice(start, stop)
-            spans = [(group, slice(ends[group] - start, ends[group + 1] - start)) for group in groups]
-            self._move_block(block, columns, spans)
+    def _move_grid(self, stripe: _Stripe, ends: list[int], first: int) -> None:
+        """Halfs and integers of blocks from `first` on, block after block; ends: where they end."""
+        grid, start = self.grid, stripe.start
+        if _is_plain(self.q) and grid.is_simple and ends[-1] - start < MOST:
+            columns, blocks = slice(start, ends[-1]), slice(first, first + len(ends))
+            old = self.q[columns]
+            grid.d[blocks], q = blockwise.refit(
+                stripe.slope,
+                stripe.corner,
+                grid,
+                blocks,
+                ends=[end - start for end in ends],
+                codes=self.codes[columns],
+                q=old,
+            )
+            grid.refresh(blocks)
+            stripe.follow(columns, q - old)
+            old.copy_(q)
+            return
+        for block, stop in enumerate(ends, first):
+            self._move_block(block, slice(start, stop), stripe)
+            start = stop
 
-    def _move_block(self, block: int, columns: Place, spans: list[tuple[int, slice]]) -> None:
+    def _move_block(self, block: int, columns: slice, stripe: _Stripe) -> None:
         grid = self.grid
-        corner = self.h[columns][:, columns]
-        slope, old, codes = self.slope[columns].clone(), self.q[columns].clone(), self.codes[columns]
-        places = grid.places[columns]
-        steps = grid.levels.values(codes).to(old.dtype) - grid.zeros[places]
-        q = old
-        if self._move_halfs(block, corner, slope, steps):
-            q = grid.weights(codes, places)
-            slope.addmm_(corner, q - old, alpha=-1)
-        q = q.clone()
-        if grid.reach != FIXED:
-            for group, span in spans:
-                if self._move_integers(block, group, corner[span, span], slope[span], steps[span]):
-                    new = grid.weights(codes[span], places[span])
-                    slope.addmm_(corner[:, span], new - q[span], alpha=-1)
-                    q[span] = new
+        inside, places = stripe.inside(columns), grid.places[columns]
+        steps = grid.levels.values(self.codes[columns]).to(self.q.dtype) - grid.zeros[places]
+        if self._move_halfs(block, stripe.corner[inside, inside], stripe.slope[inside], steps):
+            self._settle(columns, stripe)
+        if grid.reach == FIXED:
+            return
+        width = len(steps) // grid.per
+        for k in range(grid.per):
+            span = slice(columns.start + k * width, columns.start + (k + 1) * width)
+            here = stripe.inside(span)
+            square, slope, own = stripe.corner[here, here], stripe.slope[here], steps[k * width : (k + 1) * width]
+            if self._move_integers(block, block * grid.per + k, square, slope, own):
+                self._settle(span, stripe)
+
+    def _settle(self, columns: slice, stripe: _Stripe) -> None:
+        """Weights of columns whose grid has moved."""
+        q = self.grid.weights(self.codes[columns], self.grid.places[columns])
+        stripe.follow(columns, q - self.q[columns])
         self.q[columns] = q
-        self.slope.addmm_(self.h[:, columns], q - old, alpha=-1)
 
     def _move_halfs(self, block: int, corner: Tensor, slope: Tensor, steps: Tensor) -> bool:
         """d and dmin of a block; whether any moved."""
@@ -163,7 +213,7 @@ class Descent:
                 new_d, new_min = torch.where(better, to, new_d), torch.where(better, to_min, new_min)
             better = best > 0
             grid.d[block], grid.dmin[block] = new_d, new_min
-        grid.refresh(block)
+        grid.refresh(slice(block, block + 1))
         return bool(better.any())
 
     def _move_integers(self, block: int, group: int, corner: Tensor, slope: Tensor, steps: Tensor) -> bool:
@@ -195,35 +245,35 @@ class Descent:
                 new, new_min = torch.where(better, to, new), torch.where(better, to_min, new_min)
             better = best > 0
             grid.scales[group], grid.mins[group] = new, new_min
-        grid.refresh(block)
+        grid.refresh(slice(block, block + 1))
         return bool(better.any())
 
-    def move_codes(self, *, last: bool = False) -> None:
-        """Each code to the best one while all others stand, column by column. last: see `sweep`."""
-        labels = self.grid.places.tolist()
-        for start in range(0, len(self.q), BLOCK):
-            stop = min(start + BLOCK, len(self.q))
-            slope, corner = self.slope[start:stop], self.h[start:stop, start:stop]
+    def _move_codes(self, stripe: _Stripe, end: int) -> None:
+        """Each code to the best one while all others stand, column by column."""
+        for start in range(stripe.start, end, BLOCK):
+            columns = slice(start, min(start + BLOCK, end))
+            inside = stripe.inside(columns)
+            slope, corner = stripe.slope[inside], stripe.corner[inside, inside]
+            codes, q, places = self.codes[columns], self.q[columns], self.grid.places[columns]
             if _is_plain(slope):
-                codes, q = self.codes[start:stop], self.q[start:stop]
-                places = self.grid.places[start:stop]
                 found, new = rowwise.descend(slope, corner, self.grid, places, codes=codes, q=q)
-                moved = new - q
-                codes.copy_(found)
-                q.copy_(new)
-                first = stop if last else 0
-                self.slope[first:].addmm_(self.h[first:, start:stop], moved, alpha=-1)
-                continue
-            slope = slope.clone()
-            moved = torch.empty_like(slope)
-            for i in range(stop - start):
-                old = self.q[start + i]
-                found, q = self.grid.nearest(old + slope[i] / corner[i, i], labels[start + i])
-                self.codes[start + i] = found
-                moved[i] = q - old
-                slope[i + 1 :].addr_(corner[i, i + 1 :], moved[i], alpha=-1)
-                self.q[start + i] = q
-            self.slope.addmm_(self.h[:, start:stop], moved, alpha=-1)
+            else:
+                found, new = self._descended(slope.clone(), corner, places.tolist(), codes, q)
+            if columns.stop < end:
+                stripe.follow(columns, new - q, behind=True)
+            codes.copy_(found)
+            q.copy_(new)
+
+    def _descended(
+        self, slope: Tensor, corner: Tensor, labels: list[int], codes: Tensor, q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `rowwise.descend` finds, column by column; slope is used up."""
+        codes, q = codes.clone(), q.clone()
+        for i in range(len(q)):
+            old = q[i].clone()
+            codes[i], q[i] = self.grid.nearest(old + slope[i] / corner[i, i], labels[i])
+            slope[i + 1 :].addr_(corner[i, i + 1 :], q[i] - old, alpha=-1)
+        return codes, q
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ What can be chosen:
 - sweeps: afterwards, alternately, each group's scale by least squares and each code by coordinate descent, both with
   the full H. Neither can raise the loss.
 
-Scales are searched with importances 1 / U_ii^2 (what an error in column i costs after everything behind it has
-answered), which is the diagonal of H where columns have nothing in common.
+Scales are searched with importances that say what an error in a column costs after everything behind it has answered
+(`moments.answers`); that is the diagonal of H where columns have nothing in common.
 
 Ref: Frantar et al., GPTQ, arXiv 2210.17323; "group" is act_group_aware of GPTQModel; coordinate descent as in
 QuantEase, arXiv 2309.01885.
@@ -32,7 +32,7 @@ from weightsmith.errors import UsageError
 from weightsmith.quant.algorithms import descent
 from weightsmith.quant.algorithms.columns import Columns, Levels
 from weightsmith.quant.algorithms.descent import Descent, feedback
-from weightsmith.quant.algorithms.moments import MOST_DAMP, damped, factor
+from weightsmith.quant.algorithms.moments import MOST_DAMP, answers, damped, factor
 from weightsmith.quant.algorithms.rtn import Grid, Quantized, check_finite, search
 
 ORDERS = ("none", "act", "group")
@@ -90,15 +90,15 @@ class _Spans:
     grid: Grid
     importance: Tensor
 
-    def __call__(self, i: int, wt: Tensor) -> None:
+    def __call__(self, i: int, rest: Tensor) -> None:
         if i in self.firsts:
             group = self.labels[i]
             following = self.firsts.index(i) + 1
-            stop = self.firsts[following] if following < len(self.firsts) else len(wt)
+            stop = self.firsts[following] if following < len(self.firsts) else len(self.labels)
             row = Grid(self.grid.bits, -1, self.grid.sym, self.grid.least_zero)
-            scales, zeros = search(wt[i:stop].T, row, self.importance[i:stop])
+            scales, zeros = search(rest[: stop - i].T, row, self.importance[i:stop])
             self.columns.d[group], self.columns.zeros[group] = scales[:, 0], zeros[:, 0]
-            self.columns.refresh(group)
+            self.columns.refresh(slice(group, group + 1))
 
     def bounds(self) -> list[int]:
         """Ends of blocks of at least BLOCK columns, none of which cuts a group whose scale is chosen on the way."""
@@ -150,20 +150,26 @@ def quantize(w: Tensor, h: Tensor, grid: Grid, method: Method | None = None, *, 
         raise UsageError(f"second moments {list(h.shape)} for a matrix {list(w.shape)}")
     w = w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
     order = order_of(h.diagonal(), grid, method.order)
-    u, share = factor(h, order, method.damp, shrink)
-    importance = u.diagonal().square().reciprocal().to(w.dtype)
-    spans = _spans(w, grid, method, order, importance)
+    a, share = factor(h, order, method.damp, shrink, w.dtype)
+    feed, importance = answers(a)
+    wt = w.T.contiguous()
+    spans = _spans(wt.T, grid, method, order, importance)
     columns = spans.columns
     begin = spans if spans.firsts else None
-    found = feedback(w.T[order].contiguous(), u.to(w.dtype), columns, spans.labels, bounds=spans.bounds(), begin=begin)
-    del u
-    codes = torch.empty_like(found)
-    codes[order] = found
+    off = wt[order]
+    found = feedback(off, feed, columns, spans.labels, bounds=spans.bounds(), begin=begin)
+    del a, feed
+    back = torch.argsort(order)
+    if method.scatters:  # descent wants the columns of a group beside each other, as they were rounded
+        h, columns.places, codes = h.index_select(0, order).index_select(1, order), columns.places[order], found
+    else:
+        codes, off = found[back], off[back]
     if method.sweeps:
         matrix = damped(h, share, shrink).to(w.dtype)
-        q = columns.weights(codes, columns.places)
-        down = Descent(matrix, q, matrix @ (w.T - q), codes, columns)
+        down = Descent(matrix, columns.weights(codes, columns.places), matrix @ off, codes, columns)
         for left in reversed(range(method.sweeps)):
             down.sweep(last=not left)
+    if method.scatters:
+        codes, columns.places = codes[back], columns.places[back]
     scales, zeros = columns.d.T.contiguous().float(), columns.zeros.T.to(torch.int16).contiguous()
     return Quantized(codes.T.contiguous(), scales, zeros, columns.places)

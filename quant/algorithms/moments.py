@@ -6,8 +6,9 @@ on a middle layer of SmolLM2-135M, Q4_K, loss on other text than was calibrated 
 feedback: 16 rows of 512 tokens 0.83 to 1.05 without and 0.81 to 0.89 with it; 64 rows 0.76 to 0.84 and 0.74 to 0.80.
 
 Then H is damped by a share of its mean diagonal, raised until it has a Cholesky factor. With the axes reversed
-H = L L^T, and L^-1 with the axes put back is the upper triangular U of U^T U = H^-1: H itself is never inverted. H of a
-wide linear is gigabytes, so the factor, its inverse and U take the same place one after the other.
+H = L L^T; with the axes put back L is the upper triangular A of A A^T = H, and A^-T = U is GPTQ's factor of H^-1. H is
+never inverted, nor is A: feedback works with A (`descent`). H of a wide linear is gigabytes, so the factor takes the
+place of the copy of H that it is made of.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ from weightsmith.errors import IntegrityError
 
 EXACT = 8192  # up to so many columns the factor is computed in float64; beyond, memory counts
 MOST_DAMP = 1.0
-STRIP = 1024  # rows of a triangle that are inverted at once
+PART = 1 << 20  # numbers turned round at once
 SQUARE = 256  # columns of H on the diagonal of a loss
 
 
-def loss_of(w: Tensor, q: Tensor, h: Tensor) -> float:
-    """tr((w - q) h (w - q)^T): the squared output error, summed over the tokens of h (symmetric), in its precision."""
+def loss_of(w: Tensor, q: Tensor | None, h: Tensor) -> float:
+    """tr((w - q) h (w - q)^T): the squared output error, summed over the tokens of h (symmetric), in its precision.
+
+    Without q, what w itself puts out.
+    """
     total = 0.0
     for start in range(0, len(w), 1024):
-        error = (w[start : start + 1024].double() - q[start : start + 1024].double()).to(h.dtype)
+        error = w[start : start + 1024]
+        if q is not None:
+            precise = torch.promote_types(torch.promote_types(w.dtype, q.dtype), torch.float32)
+            error = error.to(precise) - q[start : start + 1024].to(precise)
+        error = error.to(h.dtype)
         for left in range(0, len(h), SQUARE):  # what lies above the diagonal counts twice, what lies below is left out
             right = min(left + SQUARE, len(h))
             here = error[:, left:right]
             product = torch.addmm(here @ h[left:right, left:right], error[:, right:], h[right:, left:right], alpha=2)
-            total += float((product.double() * here.double()).sum())
+            total += float(product.mul_(here).sum(dim=1).sum(dtype=torch.float64))
     return total
 
 
@@ -67,47 +75,47 @@ def _damp(h: Tensor, share: float, shrink: float) -> None:
     diagonal += share * mean
 
 
-def factor(h: Tensor, order: Tensor, share: float, shrink: float = 0.0) -> tuple[Tensor, float]:
-    """U with U^T U = (damped h)^-1, its axes in `order`, and the share of damping that it took.
+def factor(
+    h: Tensor, order: Tensor, share: float, shrink: float = 0.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, float]:
+    """A, upper triangular of `dtype`, with A A^T = damped h, its axes in `order`; and the share of damping it took.
 
-    h: float [in, in], never changed; U in float64 for up to EXACT columns. Beside h there is never more than one matrix
-    of its size. Raises IntegrityError if no share up to 1 makes it definite.
+    h: float [in, in], never changed. A is computed in float64 for up to EXACT columns, else in float32, and then there
+    is never more than one matrix of its size beside h. Raises IntegrityError if no share up to 1 makes h definite.
     """
     wide = torch.float64 if len(h) <= EXACT else torch.float32
     back = order.flip(0)
     while share <= MOST_DAMP:
-        work = h[back[:, None], back].to(wide)
+        work = h.index_select(0, back).index_select(1, back).to(wide)
         _damp(work, share, shrink)
         lower = work.mT  # LAPACK's layout, so that the factor needs no place of its own
         info = torch.zeros((), dtype=torch.int32, device=h.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
+        # Every entry of a row goes into its diagonal one.
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            _invert_lower(lower)
-            if all(bool(torch.isfinite(work[at : at + STRIP]).all()) for at in range(0, len(work), STRIP)):
-                _reverse(work.view(-1))
-                return work.mT, share
+            del lower
+            work = work.to(dtype)
+            _reverse(work.view(-1))
+            return work.mT, share
         del work, lower
         share *= 2.5
     raise IntegrityError("the second moments have no Cholesky factor", hint="Calibrate with more rows.")
 
 
-def _invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, strip by strip from the top."""
-    for start in range(0, len(lower), STRIP):
-        stop = min(start + STRIP, len(lower))
-        corner = lower[start:stop, start:stop]
-        one = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(corner, one, upper=False)
-        if start:
-            lower[start:stop, :start] = -(inverse @ lower[start:stop, :start]) @ lower[:start, :start]
-        lower[start:stop, start:stop] = inverse
+def answers(a: Tensor) -> tuple[Tensor, Tensor]:
+    """What feedback needs of A: columns divided by their diagonal entries, in the place of A, and the squares of these.
+
+    The squares [in] are importances: what an error in a column costs after all behind it have answered.
+    """
+    diagonal = a.diagonal().clone()
+    return a.div_(diagonal), diagonal.square()
 
 
 def _reverse(flat: Tensor) -> None:
     """Turn a vector round in place."""
     half = len(flat) // 2
-    for start in range(0, half, STRIP * STRIP):
-        stop = min(start + STRIP * STRIP, half)
+    for start in range(0, half, PART):
+        stop = min(start + PART, half)
         front, rear = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
         kept = front.flip(0)
         front.copy_(rear.flip(0))

@@ -46,23 +46,20 @@ _F1 = types.Array(types.float32, 1, "C", readonly=True)
 _OUT = types.Array(types.float32, 2, "C")
 _U2 = types.Array(types.uint8, 2, "C")
 _I1 = types.Array(types.int64, 1, "C", readonly=True)
-_LEVELS = types.Tuple((_F1, _F1, types.float32))  # table, edges, top
-_GRID = types.UniTuple(_F2, 4)  # steps, their inverses, zeros, offsets, each [groups, rows]
-# values [n, rows], square [n, n], grid, group of each column [n], levels, codes [n, rows], out [n, rows], first and
-# last sixteen
-FEED = types.void(_F2, _F2, _GRID, _I1, _LEVELS, _U2, _OUT, types.int64, types.int64)
-DESCEND = types.void(_F2, _F2, _F2, _GRID, _I1, _LEVELS, _U2, _OUT, types.int64, types.int64)  # and q behind values
+# two of values [n, rows], square [n, n]; steps, their inverses, zeros and offsets [groups, rows]; group of each column
+# [n]; table, edges and top of the levels; codes [n, rows], out [n, rows], first and last sixteen. Arrays one by one:
+# taking one out of a tuple counts its references, which costs more than a column.
+FEED = DESCEND = types.void(
+    *(_F2, _F2, _F2), *(_F2, _F2, _F2, _F2), _I1, *(_F1, _F1, types.float32), _U2, _OUT, types.int64, types.int64
+)
 SUB = 8
 LEAST = 1 << 16  # weights for which a further thread pays
 
 
 @inner
-def _round(x, grid, group, at, levels):
+def _round(x, step, inverse, zero, offset, table, edges, top):
     """Nearest codes to weights, and the weights they stand for."""
-    table, edges, top = levels
-    zero = load_at(grid[2], group, at)
-    offset = load_at(grid[3], group, at)
-    v = (x - offset) * load_at(grid[1], group, at)
+    v = (x - offset) * inverse
     if table.size:
         v = v + zero
         code = spread(np.float32(0.0))
@@ -74,7 +71,7 @@ def _round(x, grid, group, at, levels):
     else:
         code = clip(nearest(v) + zero, np.float32(0.0), top)
         value = code
-    return code, (value - zero) * load_at(grid[0], group, at) + offset
+    return code, (value - zero) * step + offset
 
 
 @inner
@@ -93,8 +90,22 @@ def _answer_near(tile, moves, square, i, stop):
 
 @inner
 def _answer_far(tile, moves, square, start):
-    """Take what SUB columns from `start` on moved off all columns behind them."""
-    for j in range(start + SUB, tile.shape[0]):
+    """Take what SUB columns from `start` on moved off all columns behind them, four of which are at work at once."""
+    stop = tile.shape[0]
+    fours = stop - (stop - start - SUB) % 4
+    for j in range(start + SUB, fours, 4):
+        v0, v1, v2, v3 = load(tile, j), load(tile, j + 1), load(tile, j + 2), load(tile, j + 3)
+        for k in range(SUB):
+            by = load(moves, k)
+            v0 = v0 - by * square[start + k, j]
+            v1 = v1 - by * square[start + k, j + 1]
+            v2 = v2 - by * square[start + k, j + 2]
+            v3 = v3 - by * square[start + k, j + 3]
+        store(tile, j, v0)
+        store(tile, j + 1, v1)
+        store(tile, j + 2, v2)
+        store(tile, j + 3, v3)
+    for j in range(fours, stop):
         v = load(tile, j)
         for k in range(SUB):
             v = v - load(moves, k) * square[start + k, j]
@@ -102,7 +113,7 @@ def _answer_far(tile, moves, square, start):
 
 
 @kernel(FEED)
-def _feed(w, square, grid, labels, levels, codes, errors, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
+def _feed(w, own, square, steps, inverse, zeros, offsets, labels, table, edges, top, codes, off, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
     n = w.shape[0]
     tile = np.empty((n, LANES), np.float32)
     moves = np.empty((SUB, LANES), np.float32)
@@ -112,19 +123,21 @@ def _feed(w, square, grid, labels, levels, codes, errors, first, last):  # noqa:
         for start in range(0, n, SUB):
             stop = min(start + SUB, n)
             for i in range(start, stop):
-                v = load(tile, i)
-                code, q = _round(v, grid, labels[i], at, levels)
-                error = (v - q) / square[i, i]
+                group = labels[i]
+                step, inv = load_at(steps, group, at), load_at(inverse, group, at)
+                zero, offset = load_at(zeros, group, at), load_at(offsets, group, at)
+                code, q = _round(load(tile, i), step, inv, zero, offset, table, edges, top)
+                before = load_at(own, i, at)
                 store_at(codes, i, at, code)
-                store_at(errors, i, at, error)
-                store(moves, i - start, error)
+                store_at(off, i, at, before - q)
+                store(moves, i - start, q - before)
                 _answer_near(tile, moves, square, i, stop)
             if stop < n:
                 _answer_far(tile, moves, square, start)
 
 
 @kernel(DESCEND)
-def _descend(slope, old, square, grid, labels, levels, codes, new, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
+def _descend(slope, old, square, steps, inverse, zeros, offsets, labels, table, edges, top, codes, new, first, last):  # noqa: PLR0913, PLR0917  (a kernel)
     n = slope.shape[0]
     tile = np.empty((n, LANES), np.float32)
     moves = np.empty((SUB, LANES), np.float32)
@@ -135,8 +148,12 @@ def _descend(slope, old, square, grid, labels, levels, codes, new, first, last):
             stop = min(start + SUB, n)
             stirred = False
             for i in range(start, stop):
+                group = labels[i]
+                step, inv = load_at(steps, group, at), load_at(inverse, group, at)
+                zero, offset = load_at(zeros, group, at), load_at(offsets, group, at)
                 before = load_at(old, i, at)
-                code, q = _round(before + load(tile, i) / square[i, i], grid, labels[i], at, levels)
+                wanted = before + load(tile, i) / square[i, i]
+                code, q = _round(wanted, step, inv, zero, offset, table, edges, top)
                 moved = q - before
                 apart = where(moved == np.float32(0.0), np.float32(0.0), np.float32(1.0)) > np.float32(0.0)
                 store_at(new, i, at, q)
@@ -147,6 +164,21 @@ def _descend(slope, old, square, grid, labels, levels, codes, new, first, last):
                     _answer_near(tile, moves, square, i, stop)
             if stirred and stop < n:
                 _answer_far(tile, moves, square, start)
+
+
+def share_out(loop: Callable[..., Any], told: tuple[Any, ...], rows: int, weights: int) -> None:
+    """Run a loop for all sixteens of `rows`, on as many threads as torch has where that pays for so many weights."""
+    count = -(-rows // LANES)
+    threads = max(1, min(torch.get_num_threads(), weights // LEAST))
+    if threads == 1:
+        loop(*told, 0, count)
+        return
+    spans = list(itertools.pairwise(count * part // threads for part in range(threads + 1)))
+    with ThreadPoolExecutor(threads - 1) as pool:
+        jobs = [pool.submit(loop, *told, *span) for span in spans[1:]]
+        loop(*told, *spans[0])
+        for job in jobs:
+            job.result()
 
 
 def _run(
@@ -167,32 +199,24 @@ def _run(
     told = (
         *(one.numpy() for one in given),
         corner.numpy(),
-        tuple(one.numpy() for one in fields),
+        *(one.numpy() for one in fields),
         labels.numpy(),
-        (*tables, np.float32(levels.top)),
+        *tables,
+        np.float32(levels.top),
         codes.numpy(),
         made.numpy(),
     )
-    count = -(-rows // LANES)
-    threads = max(1, min(torch.get_num_threads(), values[0].numel() // LEAST))
-    bounds = [count * part // threads for part in range(threads + 1)]
-    if threads == 1:
-        loop(*told, 0, count)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(loop, *told, first, last) for first, last in itertools.pairwise(bounds)]
-            for job in jobs:
-                job.result()
+    share_out(loop, told, rows, values[0].numel())
     return codes[:, :rows], made[:, :rows]
 
 
-def feed(wt: Tensor, square: Tensor, grid: Columns, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors [n, out] of columns wt [n, out] with feedback among them; square: of U. See `descent`.
+def feed(wt: Tensor, own: Tensor, square: Tensor, grid: Columns, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [n, out] of columns wt [n, out] with feedback among them, and W - Q [n, out]. See `descent`.
 
-    labels: the group of every column, int64 [n].
+    own: the weights before any feedback. square: of the answers. labels: the group of every column, int64 [n].
     """
     found: tuple[Tensor, Tensor] = _run(
-        _feed, [wt], square, grid, labels, (torch.empty_like(wt, dtype=torch.uint8), torch.empty_like(wt))
+        _feed, [wt, own], square, grid, labels, (torch.empty_like(wt, dtype=torch.uint8), torch.empty_like(wt))
     )
     return found
 

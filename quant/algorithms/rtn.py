@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightsmith.errors import IntegrityError, UnsupportedError, UsageError
+from weightsmith.quant.algorithms import groupwise
 
 CHUNK = 1 << 22  # weights searched at once
 BITS = (2, 3, 4, 8)
@@ -83,15 +84,27 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The weights it stands for, float32 [out, in]."""
+        rows, columns = self.codes.shape
+        groups = self.scales.shape[1]
+        size = columns // groups
+        if size * groups == columns and torch.equal(
+            self.g_idx, torch.arange(columns, device=self.g_idx.device) // size
+        ):
+            steps = self.codes.view(rows, groups, size) - self.zeros.float()[:, :, None]
+            return steps.mul_(self.scales[:, :, None]).view(rows, columns)
         steps = self.codes.float() - self.zeros.float()[:, self.g_idx]
         return steps.mul_(self.scales[:, self.g_idx])
 
 
 def half(scales: Tensor) -> Tensor:
     """Scales rounded to halves, in their own dtype; UnsupportedError beyond the range of halves."""
-    if scales.numel() and float(scales.abs().max()) > HALF_MAX:
-        raise UnsupportedError("a scale is beyond the range of half precision", hint="Its weights are too large.")
+    _check_reach(float(scales.abs().max()) if scales.numel() else 0.0)
     return scales.half().to(scales.dtype)
+
+
+def _check_reach(largest: float) -> None:
+    if largest > HALF_MAX:
+        raise UnsupportedError("a scale is beyond the range of half precision", hint="Its weights are too large.")
 
 
 def codes_of(w: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
@@ -102,7 +115,8 @@ def codes_of(w: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
 
 def check_finite(w: Tensor) -> None:
     """Raise IntegrityError if a weight is NaN or Inf; the caller knows the tensor's name."""
-    if not bool(torch.isfinite(w).all()):
+    extremes = torch.aminmax(w) if w.numel() else ()  # NaN if any weight is
+    if not all(bool(torch.isfinite(one)) for one in extremes):
         raise IntegrityError("a weight is NaN or Inf")
 
 
@@ -157,30 +171,50 @@ class _Best:
             self.offer(self.scales, (apart.sum(2, keepdim=True) / self.h.sum(1)[:, None]).round_())
 
 
+def _factors(grid: Grid) -> list[float]:
+    """Scales to try: shares of the extreme for a symmetric grid, of the range for an asymmetric one."""
+    shares = torch.linspace(0.5, 1.05, 23 if grid.bits < 8 else 5).tolist()
+    if not grid.sym:
+        return [share / grid.top for share in shares]
+    # The extreme gets code 0, of which there is one more, or the top one.
+    return [factor for share in shares for factor in (-share / grid.middle, share / (grid.middle - 1))]
+
+
 def _candidates(best: _Best) -> Iterator[tuple[Tensor, Tensor]]:
     grid, w = best.grid, best.w
-    shares = torch.linspace(0.5, 1.05, 23 if grid.bits < 8 else 5).tolist()
     if grid.sym:
         place = w.abs().argmax(dim=2, keepdim=True)
         extreme = w.gather(2, place)
-        for share in shares:
-            yield extreme * (-share / grid.middle), best.zeros  # the extreme gets code 0, of which there is one more
-            yield extreme * (share / (grid.middle - 1)), best.zeros
+        for factor in _factors(grid):
+            yield extreme * factor, best.zeros
         return
     low, high = w.amin(dim=2, keepdim=True), w.amax(dim=2, keepdim=True)
-    for share in shares:
-        scales = (high - low) * (share / grid.top)
+    for factor in _factors(grid):
+        scales = (high - low) * factor
         zeros = (grid.top / 2 - (high + low) / (2 * scales)).round_()
         for step in (-1, 0, 1):
             yield scales, zeros + step
 
 
 def search(w: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [rows, groups] of least sum h (w - w')^2; w float [rows, columns], importance [columns]."""
-    size = grid.size(w.shape[1])
+    """Scales and zeros [rows, groups] of least sum h (w - w')^2; w float [rows, columns], importance [columns].
+
+    Raises UnsupportedError (a scale of the reference is beyond half precision).
+    """
     # Only ratios count. A column that no text ever lit must still hold its weights.
     level = importance.to(w.dtype) / importance.mean().clamp(min=1e-30).to(w.dtype)
-    h = _grouped(level.clamp(min=1e-6)[None], size)[0]
+    level.clamp_(min=1e-6)
+    if w.device.type == "cpu" and w.dtype == torch.float32:
+        scales, zeros, reach = groupwise.search(w.T.contiguous(), grid, level, _factors(grid))
+        _check_reach(reach)
+        return scales.T, zeros.T
+    return _searched(w, grid, level)
+
+
+def _searched(w: Tensor, grid: Grid, level: Tensor) -> tuple[Tensor, Tensor]:
+    """`search` as operations on whole matrices, for all devices; level: importance as it is to be used."""
+    size = grid.size(w.shape[1])
+    h = _grouped(level[None], size)[0]
     found = []
     step = max(1, CHUNK // w.shape[1])
     for start in range(0, len(w), step):

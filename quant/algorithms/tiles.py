@@ -67,6 +67,16 @@ def fill(rows, first, importance, tiles, units):
 
 
 @inner
+def half(v):
+    """Lanes rounded to half precision; beyond it they are infinite."""
+    size = larger(v, ZERO - v)
+    normal = eleven_bits(size)
+    normal = where(normal > MOST_HALF, INFINITE, normal)
+    rounded = where(size < LEAST_NORMAL, (size + HALF) - HALF, normal)  # the last place of 0.5 is the smallest half
+    return where(v < ZERO, ZERO - rounded, rounded)
+
+
+@inner
 def stored(v, units):
     """What remains of a scale in every lane once it is stored in half precision at its block's true size.
 

@@ -13,7 +13,7 @@ from weightsmith.quant.algorithms import descent, gptq, moments, rtn
 from weightsmith.quant.algorithms.columns import Columns, Levels
 from weightsmith.quant.algorithms.descent import Descent
 from weightsmith.quant.algorithms.gptq import Method
-from weightsmith.quant.algorithms.moments import damped, factor, loss_of
+from weightsmith.quant.algorithms.moments import answers, damped, factor, loss_of
 from weightsmith.quant.algorithms.rtn import Grid
 
 GRIDS = [Grid(bits, size, sym) for bits in (2, 3, 4, 8) for size in (-1, 16) for sym in (True, False)]
@@ -109,8 +109,8 @@ def test_a_sweep_lowers_the_damped_loss_step_by_step() -> None:
     q = columns.weights(codes, found.g_idx)
     down = Descent(matrix, q, matrix @ (w.T - q), codes, columns)
     losses = [loss_of(w, down.q.T, matrix)]
-    for step in (down.move_grid, down.move_codes, down.move_grid, down.move_codes):
-        step()
+    for _ in range(3):
+        down.sweep()
         losses.append(loss_of(w, down.q.T, matrix))
         torch.testing.assert_close(down.q, (down.codes - zeros[found.g_idx]) * columns.d[found.g_idx])
         torch.testing.assert_close(down.slope, matrix @ (w.T - down.q), rtol=1e-6, atol=1e-6)
@@ -192,10 +192,10 @@ def test_damping_rises_until_there_is_a_factor() -> None:
     x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     h = x.T @ x  # of rank 3
     plain = torch.arange(16)
-    u, share = factor(h, plain, 0.01)
+    a, share = factor(h, plain, 0.01)
     assert share == 0.01
-    torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped(h, 0.01)))
-    assert torch.equal(u, u.triu())
+    torch.testing.assert_close(a @ a.T, damped(h, 0.01))
+    assert torch.equal(a, a.triu())
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     turned = factor(h, order, 0.01)[0]
     torch.testing.assert_close(turned, factor(h[order[:, None], order], plain, 0.01)[0])
@@ -209,12 +209,22 @@ def test_damping_rises_until_there_is_a_factor() -> None:
         factor(torch.zeros(4, 4), torch.arange(4), 0.01)
 
 
-def test_the_factor_is_made_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_factor_is_turned_round_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     _, h = problem(columns=50)
     order = torch.arange(50).flip(0)
     whole = factor(h, order, 0.01)[0]
-    monkeypatch.setattr(moments, "STRIP", 7)
-    torch.testing.assert_close(factor(h, order, 0.01)[0], whole)
+    monkeypatch.setattr(moments, "PART", 7)
+    assert torch.equal(factor(h, order, 0.01)[0], whole)
+
+
+def test_importances_are_what_an_error_costs_behind_all_answers() -> None:
+    _, h = problem()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    a, _ = factor(h, order, 0.01)
+    found, importance = answers(a.clone())
+    torch.testing.assert_close(found * a.diagonal(), a)
+    u = torch.linalg.cholesky(torch.linalg.inv(damped(h, 0.01)[order][:, order])).T  # GPTQ's, U^T U = H^-1
+    torch.testing.assert_close(importance, u.diagonal() ** -2)
 
 
 def test_dead_columns_keep_their_weights() -> None:
