@@ -1,4 +1,4 @@
-"""How precisely a calibration pass multiplies: in bfloat16 where the processor has a unit for it (AMX), sums in float32.
+"""How precisely a calibration pass multiplies: in bfloat16, summed in float32, where a processor has AMX.
 
 Models are trained and served in bfloat16, and the rows' states are a sample of text anyway. Only what the states
 become is computed so. Second moments are not: rounded inputs of a channel with massive activations would look like

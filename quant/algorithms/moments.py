@@ -86,7 +86,7 @@ def factor(
     wide = torch.float64 if len(h) <= EXACT else torch.float32
     back = order.flip(0)
     while share <= MOST_DAMP:
-        work = h.index_select(0, back).index_select(1, back).to(wide)
+        work = h[back[:, None], back].to(wide)  # two index_selects are quicker, and take two copies
         _damp(work, share, shrink)
         lower = work.mT  # LAPACK's layout, so that the factor needs no place of its own
         info = torch.zeros((), dtype=torch.int32, device=h.device)

@@ -15,10 +15,13 @@ TEXT = letters.text(16 * 9 + 5)
 
 
 def test_the_precision_is_put_back_even_by_an_error() -> None:
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), products.precision("medium"):
+    def fails() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
         raise KeyError
+
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), products.precision("medium"):
+        fails()
     assert torch.get_float32_matmul_precision() == before
 
 
