@@ -111,18 +111,23 @@ for _op, _name in (
     (operator.gt, ">"),
     (operator.ge, ">="),
     (operator.eq, "=="),
+    (operator.ne, "!="),
 ):
     _define(_op, mask, lambda b, x, y, name=_name: b.fcmp_ordered(name, x, y))
 
 
-@infer_global(operator.and_)
-class _And(ConcreteTemplate):
-    cases = [signature(mask, mask, mask)]  # noqa: RUF012
+def _join(op: Any, emit: Any) -> None:
+    """Teach numba `op` for two masks."""
+
+    class _Template(ConcreteTemplate):
+        cases = [signature(mask, mask, mask)]  # noqa: RUF012
+
+    infer_global(op)(_Template)
+    lower_builtin(op, mask, mask)(lambda _context, builder, _sig, args: emit(builder, *args))
 
 
-@lower_builtin(operator.and_, mask, mask)
-def _lower_and(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-    return builder.and_(*args)
+_join(operator.and_, lambda b, x, y: b.and_(x, y))
+_join(operator.or_, lambda b, x, y: b.or_(x, y))
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, row: Any, vector: Any) -> Any:

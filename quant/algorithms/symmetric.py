@@ -23,9 +23,11 @@ import numpy as np
 
 from weightsmith.quant.algorithms import reference
 from weightsmith.quant.algorithms.lanes import (
+    any_lane,
     clip,
     larger,
     load,
+    magnitude,
     nearest,
     quotient,
     smaller,
@@ -33,7 +35,7 @@ from weightsmith.quant.algorithms.lanes import (
     store,
     where,
 )
-from weightsmith.quant.algorithms.levels import nearest_value
+from weightsmith.quant.algorithms.levels import TAME, WHOLE, nearest_value, within
 from weightsmith.quant.algorithms.tiles import stored
 from weightsmith.quant.kernels import inner
 
@@ -126,12 +128,17 @@ def fit_sub(tile, state, k, shape, table, steps):
     best = spread(ZERO)
     scale = best
     at_cc = best
+    tame = not any_lane(magnitude(unit) > TAME)
     for i in range(0, steps + 1, 2):  # two at a time: the low anchor and the high one; the last is alone
         if i < steps:
             more0 = above - (below + above) * np.float32(i) / np.float32(steps - 1)
             more1 = above - (below + above) * np.float32(i + 1) / np.float32(steps - 1)
             inv0 = unit * (ZERO - top - more0)
-            sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, unit * (high + more1), top, table)
+            inv1 = unit * (high + more1)
+            if table is None and tame and max(top + more0, high + more1) <= within(top):
+                sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, inv1, top, WHOLE)
+            else:
+                sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, inv1, top, table)
         else:
             sxc, scc = sums(tile, span, quotient(spread(ONE), scale), top, table)
             sxc1, scc1 = sxc, scc
