@@ -354,6 +354,18 @@ def _better_scale(sums, best):
 
 
 @inner
+def _steps(manner, k):
+    """The k-th two of the steps -manner[1]..manner[1], without 0."""
+    i, j = 2 * k - manner[1], 2 * k - manner[1] + 1
+    return i if i < 0 else i + 1, j if j < 0 else j + 1
+
+
+@inner
+def _step(extreme, top, manner, i):
+    return quotient(spread(ZERO - top - manner[2] * np.float32(i)), extreme)
+
+
+@inner
 def scale_fan(tile, weights, span, shape, table, manner):
     """Scale of one sub-block: the weight of largest magnitude near the lowest value, in manner[1] steps each way."""
     top = shape[2]
@@ -371,19 +383,17 @@ def scale_fan(tile, weights, span, shape, table, manner):
     middle = quotient(spread(ZERO - top), extreme)
     again = any_lane(middle < plain) or any_lane(middle > plain)
     tame = not any_lane(magnitude(middle) > TAME)
+    i, j = _steps(manner, 0)
+    inv0, inv1 = _step(extreme, top, manner, i), _step(extreme, top, manner, j)
     for k in range(manner[1]):  # two at a time, without the one in the middle
-        i = 2 * k - manner[1]
-        j = i + 1
-        if i > 0:
-            i += 1
-        if j >= 0:
-            j += 1
-        inv0 = quotient(spread(ZERO - top - manner[2] * np.float32(i)), extreme)
-        inv1 = quotient(spread(ZERO - top - manner[2] * np.float32(j)), extreme)
-        if table is None and tame and top + manner[2] * np.float32(j) <= within(top) and manner[2] > ZERO:
+        i, j = _steps(manner, k)
+        i_next, j_next = _steps(manner, k + 1)
+        next0, next1 = _step(extreme, top, manner, i_next), _step(extreme, top, manner, j_next)
+        if table is None and tame and manner[2] > ZERO and top + manner[2] * np.float32(j) <= within(top):
             sums0, sums1 = _scale_sums_of_two(tile, weights, span, inv0, inv1, top, WHOLE)
         else:
             sums0, sums1 = _scale_sums_of_two(tile, weights, span, inv0, inv1, top, table)
+        inv0, inv1 = next0, next1
         best = _better_scale(sums0, best)
         if i == -1:
             if again:
