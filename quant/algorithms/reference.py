@@ -349,7 +349,7 @@ def _better_scale(sums, best):
     gain, scale = best
     sxc, scc = sums
     better = (sxc * sxc > gain * scc) & (scc > ZERO)
-    s = quotient(sxc, scc)
+    s = sxc / scc
     return where(better, s * sxc, gain), where(better, s, scale)
 
 
@@ -362,7 +362,7 @@ def _steps(manner, k):
 
 @inner
 def _step(extreme, top, manner, i):
-    return quotient(spread(ZERO - top - manner[2] * np.float32(i)), extreme)
+    return spread(ZERO - top - manner[2] * np.float32(i)) / extreme
 
 
 @inner
@@ -375,6 +375,7 @@ def scale_fan(tile, weights, span, shape, table, manner):
         v = load(tile[0], e)
         extreme = where(larger(v, ZERO - v) > larger(extreme, ZERO - extreme), v, extreme)
         sw = sw + load(weights, e)
+    extreme = where(extreme == ZERO, ONE, extreme)  # a sub-block of zeros, whose codes are the same for any scale
     plain = quotient(spread(ONE), quotient(extreme, spread(top * manner[3])))  # a table's start has the other sign
     plain_sums = _scale_sums(tile, weights, span, plain, top, table)
     best = spread(ZERO), spread(ZERO)

@@ -131,7 +131,7 @@ def _anchors(shape, i, steps):
 @inner
 def _better_fit(sxc, scc, best, scale, at_cc):
     """What the best is after a fit that has these sums: gain, scale and sum of c * c."""
-    s = quotient(sxc, scc)
+    s = sxc / scc  # 0 / 0 is no number, so not better
     gain = s * sxc
     better = gain * LEAST > best
     return where(better, gain, best), where(better, s, scale), where(better, scc, at_cc)
