@@ -43,7 +43,9 @@ def _lay_out(codes, packed):
             low[i] = a[i] & _FOUR | (c[i] & _FOUR) << np.uint64(4)
             low_too[i] = b[i] & _FOUR | (f[i] & _FOUR) << np.uint64(4)
             above = a[i] >> np.uint64(4) & _TWO | (b[i] >> np.uint64(4) & _TWO) << np.uint64(2)
-            high[i] = above | (c[i] >> np.uint64(4) & _TWO) << np.uint64(4) | (f[i] >> np.uint64(4) & _TWO) << np.uint64(6)
+            high[i] = (
+                above | (c[i] >> np.uint64(4) & _TWO) << np.uint64(4) | (f[i] >> np.uint64(4) & _TWO) << np.uint64(6)
+            )
 
 
 @kernel(weighted.SEARCH)
