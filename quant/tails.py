@@ -18,14 +18,21 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from weightsmith.quant.kernels import inner, kernel
-from weightsmith.types import Rows
+from weightsmith.quant import codecs
+from weightsmith.quant.kernels import float_of, half_value, inner, kernel
+from weightsmith.types import Packed, Rows
 
 ARITHMETIC_VERSION = 1  # changes whenever the same input would give other bytes
 _AT_ONCE = 1024  # columns: their sums stay in the cache
+_ROWS = 8
 
 _SUMS = types.void(
     types.Array(types.float32, 2, "C", readonly=True),
+    types.Array(types.float64, 2, "C"),
+)
+_SUMS_16 = types.void(
+    types.Array(types.uint16, 2, "C", readonly=True),
+    types.boolean,
     types.Array(types.float64, 2, "C"),
 )
 
@@ -36,31 +43,57 @@ def _more(weight, squares, fourths):
     return squares + square, fourths + square * square
 
 
-@kernel(_SUMS)
-def _add(x, sums):
+@inner
+def _add_columns(x, n_rows, first, squares, fourths):
     # Eight rows for one load and store of the sums, and rows as slices: numba checks no sign of an index then, and LLVM
     # makes SIMD code of it (7.6 thousand million weights a second and core, 1.9 with x[r, c]).
+    last = first + squares.size
+    whole = n_rows // _ROWS * _ROWS
+    for r in range(0, whole, _ROWS):
+        x0, x1, x2, x3 = x[r, first:last], x[r + 1, first:last], x[r + 2, first:last], x[r + 3, first:last]
+        x4, x5, x6, x7 = x[r + 4, first:last], x[r + 5, first:last], x[r + 6, first:last], x[r + 7, first:last]
+        for c in range(squares.size):
+            a, b = _more(x0[c], squares[c], fourths[c])
+            a, b = _more(x1[c], a, b)
+            a, b = _more(x2[c], a, b)
+            a, b = _more(x3[c], a, b)
+            a, b = _more(x4[c], a, b)
+            a, b = _more(x5[c], a, b)
+            a, b = _more(x6[c], a, b)
+            squares[c], fourths[c] = _more(x7[c], a, b)
+    for r in range(whole, n_rows):
+        row = x[r, first:last]
+        for c in range(squares.size):
+            squares[c], fourths[c] = _more(row[c], squares[c], fourths[c])
+
+
+@kernel(_SUMS)
+def _add(x, sums):
     n_rows, n_columns = x.shape
-    whole = n_rows // 8 * 8
+    for first in range(0, n_columns, _AT_ONCE):
+        last = min(first + _AT_ONCE, n_columns)
+        _add_columns(x, n_rows, first, sums[0, first:last], sums[1, first:last])
+
+
+@kernel(_SUMS_16)
+def _add_16(x, is_brain, sums):
+    # As _add, of halves or bfloats; what is widened of them stays in the first cache.
+    n_rows, n_columns = x.shape
+    widened = np.empty((_ROWS, _AT_ONCE), np.float32)
     for first in range(0, n_columns, _AT_ONCE):
         last = min(first + _AT_ONCE, n_columns)
         squares, fourths = sums[0, first:last], sums[1, first:last]
-        for r in range(0, whole, 8):
-            x0, x1, x2, x3 = x[r, first:last], x[r + 1, first:last], x[r + 2, first:last], x[r + 3, first:last]
-            x4, x5, x6, x7 = x[r + 4, first:last], x[r + 5, first:last], x[r + 6, first:last], x[r + 7, first:last]
-            for c in range(last - first):
-                a, b = _more(x0[c], squares[c], fourths[c])
-                a, b = _more(x1[c], a, b)
-                a, b = _more(x2[c], a, b)
-                a, b = _more(x3[c], a, b)
-                a, b = _more(x4[c], a, b)
-                a, b = _more(x5[c], a, b)
-                a, b = _more(x6[c], a, b)
-                squares[c], fourths[c] = _more(x7[c], a, b)
-        for r in range(whole, n_rows):
-            row = x[r, first:last]
-            for c in range(last - first):
-                squares[c], fourths[c] = _more(row[c], squares[c], fourths[c])
+        for r in range(0, n_rows, _ROWS):
+            n = min(_ROWS, n_rows - r)
+            for i in range(n):
+                row, wide = x[r + i, first:last], widened[i]
+                if is_brain:
+                    for c in range(row.size):
+                        wide[c] = float_of(np.int32(np.int32(row[c]) << np.int32(16)))
+                else:
+                    for c in range(row.size):
+                        wide[c] = half_value(np.int32(row[c]))
+            _add_columns(widened, n, 0, squares, fourths)
 
 
 class Tails:
@@ -74,6 +107,15 @@ class Tails:
         """Take in further rows, float32 [rows, row_len]."""
         _add(np.require(rows, np.float32, ["C", "A"]), self._sums)
         self._rows += len(rows)
+
+    def add_stored(self, codec: str, packed: Packed) -> None:
+        """Take in further rows as they are stored, uint8 [rows, row_bytes]; raises as `codecs.decode`."""
+        if codec not in ("F16", "BF16"):
+            self.add(codecs.decode(codec, packed, self._sums.shape[1]))
+            return
+        bits = np.require(np.ascontiguousarray(packed).view(np.uint16), requirements="A")
+        _add_16(bits, codec == "BF16", self._sums)
+        self._rows += len(packed)
 
     def importance(self) -> NDArray[np.float32]:
         """Importance of every column, float32 [row_len], at least 1; all 1 if a weight is NaN or Inf."""

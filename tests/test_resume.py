@@ -16,7 +16,8 @@ import pytest
 
 from tests.tiny import write_llama
 from weightsmith.cli.app import run
-from weightsmith.journal import Done, Journal, digest, journal_path
+from weightsmith.journal import Done, Journal, journal_path
+from weightsmith.quant.checksum import checksum
 from weightsmith.quant.loss import Loss
 
 ROOT = Path(__file__).parent.parent
@@ -154,12 +155,12 @@ def test_in_the_catalog(tiny: Path) -> None:
 
 def test_the_journal_itself(tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    rows = np.arange(64, dtype=np.uint8).reshape(2, 32)
+    total = checksum(np.arange(64, dtype=np.uint8).reshape(2, 32))
     journal = Journal(out, {"a": 1})
-    journal.add(("t", 0, 2), rows, Loss(0.25, 4.0))
+    journal.add(("t", 0, 2), total, Loss(0.25, 4.0))
     journal.close()
     again = Journal(out, {"a": 1})
-    assert again.known == {("t", 0, 2): Done(digest(rows), Loss(0.25, 4.0))}
+    assert again.known == {("t", 0, 2): Done(total, Loss(0.25, 4.0))}
     again.close()
     other = Journal(out, {"a": 2})
     assert other.known == {}

@@ -14,10 +14,9 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsmith.quant import codecs
 from weightsmith.types import Reader, TensorInfo
 
-_AT_ONCE = 1 << 19  # weights, as float32 2 MB
+_AT_ONCE = 1 << 18  # weights: what is read of them stays in the cache
 
 
 class Estimates:
@@ -49,5 +48,5 @@ class Estimates:
         step = max(1, _AT_ONCE // max(1, info.row_len) // unit) * unit
         for start in range(0, info.n_rows, step):
             packed = self._reader.rows(info.name, start, min(start + step, info.n_rows))
-            tails.add(codecs.decode(info.codec, packed, info.row_len))
+            tails.add_stored(info.codec, packed)
         return tails.importance()

@@ -2,14 +2,13 @@
 
 A journal lies beside an unfinished output as `NAME.journal`. Its first line is the fingerprint of the work: source,
 target and every option that decides the bytes; a journal of other work is dropped. Each further line names a slab of
-rows, the SHA-256 of what was written for it and what it lost (`quant.loss`). A resumed run reads the slab back and
-believes it only if the hash agrees, so neither a torn last line nor pages that never reached the disk can do harm, and
-nothing has to be flushed on the way.
+rows, a checksum of what was written for it (`quant.checksum`, which reading back goes by as well) and what it lost
+(`quant.loss`). A resumed run reads the slab back and believes it only if the checksum agrees, so neither a torn last
+line nor pages that never reached the disk can do harm, and nothing has to be flushed on the way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 from weightsmith.atomic import disk_errors
 from weightsmith.quant.loss import Loss
-from weightsmith.types import Packed
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +28,15 @@ Key = tuple[str, int, int]  # tensor, first row, row after the last
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished slab: the SHA-256 of its packed rows, and what they lost."""
+    """A finished slab: the checksum of its packed rows, and what they lost."""
 
-    sha256: str
+    sum: int
     loss: Loss
 
 
 def journal_path(output: Path) -> Path:
     """Where the journal of an unfinished `output` lies."""
     return output.with_name(output.name + ".journal")
-
-
-def digest(packed: Packed) -> str:
-    """SHA-256 of packed rows as hex."""
-    return hashlib.sha256(packed.data).hexdigest()
 
 
 class Journal:
@@ -63,9 +56,9 @@ class Journal:
             self._file.write("\n".join(lines) + "\n")
             self._file.flush()
 
-    def add(self, key: Key, packed: Packed, loss: Loss) -> None:
-        """Note that `packed` was written for the slab `key`, and what it lost."""
-        line = _line(key, Done(digest(packed), loss))
+    def add(self, key: Key, total: int, loss: Loss) -> None:
+        """Note that packed rows of the checksum `total` were written for the slab `key`, and what they lost."""
+        line = _line(key, Done(total, loss))
         with self._lock, disk_errors(self.path):
             self._is_empty = False
             self._file.write(line + "\n")
@@ -84,7 +77,7 @@ class Journal:
 
 
 def _line(key: Key, done: Done) -> str:
-    return json.dumps([*key, done.sha256, *astuple(done.loss)])
+    return json.dumps([*key, done.sum, *astuple(done.loss)])
 
 
 def _read(path: Path, head: str) -> dict[Key, Done]:
@@ -97,8 +90,8 @@ def _read(path: Path, head: str) -> dict[Key, Done]:
             return {}
         for line in file:
             try:
-                name, start, stop, sha256, error, energy = json.loads(line)
-                known[str(name), int(start), int(stop)] = Done(str(sha256), Loss(float(error), float(energy)))
+                name, start, stop, total, error, energy = json.loads(line)
+                known[str(name), int(start), int(stop)] = Done(int(total), Loss(float(error), float(energy)))
             except (ValueError, TypeError):
                 continue  # a line torn by a kill; its slab is simply done again
     return known

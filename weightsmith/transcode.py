@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from weightsmith.journal import Journal, Key
 from weightsmith.progress import progress
 from weightsmith.quant import codecs, loss, recipes
 from weightsmith.quant.blocks import BLOCKS
+from weightsmith.quant.checksum import checksum
 from weightsmith.quant.loss import Loss
 from weightsmith.types import BlockSource, Packed, Reader, TensorInfo, Writer
 
@@ -165,21 +165,21 @@ def _move(reader: Reader, writer: Writer, slab: Slab, work: Work, estimates: Est
     """Carry one slab; return the bytes written."""
     taken = _take(reader, slab, work) if work.made is None else None
     if taken is not None:
-        work.sums[slab.key] = slab, _checksum(taken)
+        work.sums[slab.key] = slab, checksum(taken)
         writer.write(slab.target, slab.start, taken)
         return taken.nbytes
     journal = work.journal
     known = journal.known.get(slab.key) if journal is not None else None
-    if known is not None and writer.holds(slab.target, slab.start, slab.stop, known.sha256):
+    if known is not None and writer.holds(slab.target, slab.start, slab.stop, known.sum):
         work.losses[slab.key] = known.loss
         return (slab.stop - slab.start) * slab.target.row_bytes
     packed = work.made(slab.target.name, slab.start, slab.stop) if work.made is not None else None
     if packed is None:
         packed = _recoded(reader, slab, work, estimates)
-    work.sums[slab.key] = slab, _checksum(packed)
+    work.sums[slab.key] = slab, checksum(packed)
     writer.write(slab.target, slab.start, packed)
     if journal is not None and slab.key in work.losses:
-        journal.add(slab.key, packed, work.losses[slab.key])
+        journal.add(slab.key, work.sums[slab.key][1], work.losses[slab.key])
     return packed.nbytes
 
 
@@ -214,13 +214,6 @@ def _take(reader: Reader, slab: Slab, work: Work) -> Packed | None:
     return found[0]
 
 
-def _checksum(packed: Packed) -> int:
-    """Of rows in their order: a sum of each as words, and a CRC of the sums. It costs next to nothing."""
-    width = next(width for width in (8, 4, 2, 1) if packed.shape[1] % width == 0)
-    words = np.ascontiguousarray(packed).view(f"<u{width}")
-    return zlib.crc32(words.sum(axis=1, dtype=np.uint64).tobytes())
-
-
 def compare(reader: Reader, work: Work) -> None:
     """Read back every slab that was written, from what was made of them; IntegrityError names one that differs.
 
@@ -237,7 +230,7 @@ def compare(reader: Reader, work: Work) -> None:
             what = "is absent" if info is None else f"is {list(info.shape)} in {info.codec}"
             raise IntegrityError(f"{what} after writing", path=reader.path, tensor=slab.target.name, hint=_REPORT)
         rows = _stored(reader, slab) if packed else reader.rows(info.name, slab.start, slab.stop)
-        if rows is not None and _checksum(rows) != wanted:
+        if rows is not None and checksum(rows) != wanted:
             what = f"rows {slab.start} to {slab.stop} are not what was written"
             raise IntegrityError(what, path=reader.path, tensor=info.name, hint=_REPORT)
         return (slab.stop - slab.start) * info.row_bytes

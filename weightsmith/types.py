@@ -253,8 +253,8 @@ class Writer(Protocol):
     def write(self, info: TensorInfo, start: int, rows: Packed) -> None:
         """Store rows [start, start + len(rows)) of a planned tensor. Offsets are known: any order, any thread."""
 
-    def holds(self, info: TensorInfo, start: int, stop: int, sha256: str) -> bool:
-        """True if an unfinished run left rows [start, stop) with that SHA-256; they then count as arrived."""
+    def holds(self, info: TensorInfo, start: int, stop: int, total: int) -> bool:
+        """True if an unfinished run left rows [start, stop) with that `quant.checksum`; they then count as arrived."""
 
     def row_unit(self, info: TensorInfo) -> int:
         """`start` and `len(rows)` must be multiples of this (a row-permuted tensor's head_dim, else 1)."""

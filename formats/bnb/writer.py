@@ -195,9 +195,9 @@ class BnbWriter:
         del info
         return 1
 
-    def holds(self, info: TensorInfo, start: int, stop: int, sha256: str) -> bool:
+    def holds(self, info: TensorInfo, start: int, stop: int, total: int) -> bool:
         """Always False: a folder is begun anew."""
-        del info, start, stop, sha256
+        del info, start, stop, total
         return False
 
     def close(self) -> Path:

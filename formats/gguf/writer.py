@@ -10,7 +10,6 @@ all others are copied byte for byte.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from weightsmith.formats.gguf.reader import GgufReader
 from weightsmith.formats.gguf.vocab import OWNED, config_ids, vocab_keys
 from weightsmith.formats.rope_rows import halve, interleave
 from weightsmith.quant.blocks import row_nbytes
+from weightsmith.quant.checksum import checksum
 from weightsmith.quant.recipes import FILE_TYPES
 from weightsmith.types import NOTES, ModelConfig, Packed, Reader, TensorInfo, Vocab
 
@@ -74,8 +74,8 @@ class GgufWriter:
             self._files[place.file].write(place.offset + start * size, np.ascontiguousarray(rows).data)
         place.arrived.append((start, start + len(rows)))
 
-    def holds(self, info: TensorInfo, start: int, stop: int, sha256: str) -> bool:
-        """True if an earlier run left rows [start, stop) here with that SHA-256; they then count as arrived."""
+    def holds(self, info: TensorInfo, start: int, stop: int, total: int) -> bool:
+        """True if an earlier run left rows [start, stop) here with that checksum; they then count as arrived."""
         place = self._places[info.name]
         size, unit = place.info.row_bytes, self.row_unit(place.info)
         data = self._files[place.file].read(place.offset + start * size, (stop - start) * size)
@@ -84,7 +84,7 @@ class GgufWriter:
         rows = np.frombuffer(data, np.uint8).reshape(stop - start, size)
         if unit > 1:
             rows = halve(rows, unit)
-        if hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest() != sha256:
+        if checksum(rows) != total:
             return False
         place.arrived.append((start, stop))
         return True

@@ -51,6 +51,7 @@ mask = Mask()
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_WORDS = ir.VectorType(ir.IntType(32), LANES)
 
 
 @register_model(Floats)
@@ -110,18 +111,23 @@ for _op, _name in (
     (operator.gt, ">"),
     (operator.ge, ">="),
     (operator.eq, "=="),
+    (operator.ne, "!="),
 ):
     _define(_op, mask, lambda b, x, y, name=_name: b.fcmp_ordered(name, x, y))
 
 
-@infer_global(operator.and_)
-class _And(ConcreteTemplate):
-    cases = [signature(mask, mask, mask)]  # noqa: RUF012
+def _join(op: Any, emit: Any) -> None:
+    """Teach numba `op` for two masks."""
+
+    class _Template(ConcreteTemplate):
+        cases = [signature(mask, mask, mask)]  # noqa: RUF012
+
+    infer_global(op)(_Template)
+    lower_builtin(op, mask, mask)(lambda _context, builder, _sig, args: emit(builder, *args))
 
 
-@lower_builtin(operator.and_, mask, mask)
-def _lower_and(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-    return builder.and_(*args)
+_join(operator.and_, lambda b, x, y: b.and_(x, y))
+_join(operator.or_, lambda b, x, y: b.or_(x, y))
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, row: Any, vector: Any) -> Any:
@@ -256,17 +262,37 @@ def eleven_bits(_typing: Any, value: Any) -> Any:
     """Magnitude of every lane rounded to eleven significant bits, ties to even: half precision's, for normal halves."""
 
     def generate(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        words = ir.VectorType(ir.IntType(32), LANES)
-
         def all_of(number: int) -> Any:
-            return ir.Constant(words, [number] * LANES)
+            return ir.Constant(_WORDS, [number] * LANES)
 
-        size = builder.and_(builder.bitcast(args[0], words), all_of(0x7FFFFFFF))
+        size = builder.and_(builder.bitcast(args[0], _WORDS), all_of(0x7FFFFFFF))
         tie = builder.and_(builder.lshr(size, all_of(13)), all_of(1))
         raised = builder.add(builder.add(size, all_of(0xFFF)), tie)
         return builder.bitcast(builder.and_(raised, all_of(0x7FFFE000)), _FLOATS)
 
     return floats(value), generate
+
+
+@intrinsic
+def magnitude(_typing: Any, value: Any) -> Any:
+    """Every lane without its sign, NaN as well."""
+
+    def generate(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        sizes = builder.and_(builder.bitcast(args[0], _WORDS), ir.Constant(_WORDS, [0x7FFFFFFF] * LANES))
+        return builder.bitcast(sizes, _FLOATS)
+
+    return floats(value), generate
+
+
+@intrinsic
+def larger_bits(_typing: Any, one: Any, other: Any) -> Any:
+    """The larger of two magnitudes by its bits: NaN above Inf above every number."""
+
+    def generate(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        a, b = (builder.bitcast(arg, _WORDS) for arg in args)
+        return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), _FLOATS)
+
+    return floats(one, other), generate
 
 
 @inner

@@ -56,8 +56,14 @@ def nearest_index(v):
     return high + (where(c, np.float32(2.0), np.float32(0.0)) + where(d, np.float32(1.0), np.float32(0.0)))
 
 
+# Given as `table` where no |v| is above `within(top)`: whole numbers that need no clipping.
+WHOLE = 0
+TAME = np.float32(2.0**100)  # inverse scales up to this times any weight of a tile are no Inf
+
+
 def nearest_value(v: Any, top: Any, table: Any) -> Any:
-    """Nearest of the whole numbers -top..top - 1 (table None), or of IQ4 (table True); inside kernels only."""
+    """Nearest of the whole numbers -top..top - 1 (table None; WHOLE where v is known to lie `within` them), or of IQ4
+    (table True); inside kernels only."""
     raise NotImplementedError
 
 
@@ -65,7 +71,15 @@ def nearest_value(v: Any, top: Any, table: Any) -> Any:
 def _nearest_value(v, top, table):
     if isinstance(table, types.NoneType):
         return lambda v, top, table: clip(nearest(v), np.float32(0.0) - top, top - np.float32(1.0))
+    if isinstance(table, types.Integer):
+        return lambda v, top, table: nearest(v)
     return lambda v, top, table: _from_table(v)
+
+
+@inner
+def within(top):
+    """Magnitude up to which numbers round to -top..top - 1, less what three roundings may have added."""
+    return top - np.float32(0.51)
 
 
 def moment(weight: Any, v: Any, c: Any, table: Any) -> Any:
@@ -75,7 +89,7 @@ def moment(weight: Any, v: Any, c: Any, table: Any) -> Any:
 
 @overload(moment)
 def _moment(weight, v, c, table):
-    if isinstance(table, types.NoneType):
+    if isinstance(table, types.NoneType | types.Integer):
         return lambda weight, v, c, table: weight * v * c
     return lambda weight, v, c, table: weight * c * v
 

@@ -20,6 +20,7 @@ from weightsmith.quant.algorithms.lanes import (
     clip,
     larger,
     load,
+    magnitude,
     nearest,
     quotient,
     root,
@@ -28,7 +29,7 @@ from weightsmith.quant.algorithms.lanes import (
     store,
     where,
 )
-from weightsmith.quant.algorithms.levels import moment, nearest_value
+from weightsmith.quant.algorithms.levels import TAME, WHOLE, moment, nearest_value, within
 from weightsmith.quant.kernels import inner
 
 ZERO = np.float32(0.0)
@@ -310,6 +311,61 @@ def asymmetric(tile, state, shape, guided):
 
 
 @inner
+def _scale_sums(tile, weights, span, inv, top, table):
+    """Weighted sums of x * c and c * c for values c nearest to x * inv, in ggml's order of multiplying."""
+    sxc = spread(ZERO)
+    scc = sxc
+    for e in range(span[0], span[1]):
+        v = load(tile[0], e)
+        weight = load(weights, e)
+        c = nearest_value(v * inv, top, table)
+        sxc = sxc + moment(weight, v, c, table)
+        scc = scc + weight * c * c
+    return sxc, scc
+
+
+@inner
+def _scale_sums_of_two(tile, weights, span, inv0, inv1, top, table):
+    """_scale_sums for inv0 and for inv1."""
+    sxc0 = spread(ZERO)
+    scc0 = sxc0
+    sxc1 = sxc0
+    scc1 = sxc0
+    for e in range(span[0], span[1]):
+        v = load(tile[0], e)
+        weight = load(weights, e)
+        c0 = nearest_value(v * inv0, top, table)
+        c1 = nearest_value(v * inv1, top, table)
+        sxc0 = sxc0 + moment(weight, v, c0, table)
+        scc0 = scc0 + weight * c0 * c0
+        sxc1 = sxc1 + moment(weight, v, c1, table)
+        scc1 = scc1 + weight * c1 * c1
+    return (sxc0, scc0), (sxc1, scc1)
+
+
+@inner
+def _better_scale(sums, best):
+    """What the best is after a fit that has these sums: gain and scale."""
+    gain, scale = best
+    sxc, scc = sums
+    better = (sxc * sxc > gain * scc) & (scc > ZERO)
+    s = sxc / scc
+    return where(better, s * sxc, gain), where(better, s, scale)
+
+
+@inner
+def _steps(manner, k):
+    """The k-th two of the steps -manner[1]..manner[1], without 0."""
+    i, j = 2 * k - manner[1], 2 * k - manner[1] + 1
+    return i if i < 0 else i + 1, j if j < 0 else j + 1
+
+
+@inner
+def _step(extreme, top, manner, i):
+    return spread(ZERO - top - manner[2] * np.float32(i)) / extreme
+
+
+@inner
 def scale_fan(tile, weights, span, shape, table, manner):
     """Scale of one sub-block: the weight of largest magnitude near the lowest value, in manner[1] steps each way."""
     top = shape[2]
@@ -319,93 +375,114 @@ def scale_fan(tile, weights, span, shape, table, manner):
         v = load(tile[0], e)
         extreme = where(larger(v, ZERO - v) > larger(extreme, ZERO - extreme), v, extreme)
         sw = sw + load(weights, e)
-    best = spread(ZERO)
-    scale = best
-    for i in range(-1 - manner[1], manner[1] + 1, 2):  # two at a time
-        # The plain start comes first; a table's start has the other sign.
-        inv0 = quotient(spread(ZERO - top - manner[2] * np.float32(i)), extreme)
-        if i < -manner[1]:
-            inv0 = quotient(spread(ONE), quotient(extreme, spread(top * manner[3])))
-        inv1 = quotient(spread(ZERO - top - manner[2] * np.float32(i + 1)), extreme)
-        sxc0 = spread(ZERO)
-        scc0 = sxc0
-        sxc1 = sxc0
-        scc1 = sxc0
-        for e in range(span[0], span[1]):
-            v = load(tile[0], e)
-            weight = load(weights, e)
-            c0 = nearest_value(v * inv0, top, table)
-            c1 = nearest_value(v * inv1, top, table)
-            sxc0 = sxc0 + moment(weight, v, c0, table)
-            scc0 = scc0 + weight * c0 * c0
-            sxc1 = sxc1 + moment(weight, v, c1, table)
-            scc1 = scc1 + weight * c1 * c1
-        for sxc, scc in ((sxc0, scc0), (sxc1, scc1)):
-            better = (sxc * sxc > best * scc) & (scc > ZERO)
-            s = quotient(sxc, scc)
-            scale = where(better, s, scale)
-            best = where(better, s * sxc, best)
-    return scale, sw
+    extreme = where(extreme == ZERO, ONE, extreme)  # a sub-block of zeros, whose codes are the same for any scale
+    plain = quotient(spread(ONE), quotient(extreme, spread(top * manner[3])))  # a table's start has the other sign
+    plain_sums = _scale_sums(tile, weights, span, plain, top, table)
+    best = spread(ZERO), spread(ZERO)
+    best = _better_scale(plain_sums, best)
+    # Where the start's scale is among the steps (rounding apart), its sums are not taken again.
+    middle = quotient(spread(ZERO - top), extreme)
+    again = any_lane(middle < plain) or any_lane(middle > plain)
+    tame = not any_lane(magnitude(middle) > TAME)
+    i, j = _steps(manner, 0)
+    inv0, inv1 = _step(extreme, top, manner, i), _step(extreme, top, manner, j)
+    for k in range(manner[1]):  # two at a time, without the one in the middle
+        i, j = _steps(manner, k)
+        i_next, j_next = _steps(manner, k + 1)
+        next0, next1 = _step(extreme, top, manner, i_next), _step(extreme, top, manner, j_next)
+        if table is None and tame and manner[2] > ZERO and top + manner[2] * np.float32(j) <= within(top):
+            sums0, sums1 = _scale_sums_of_two(tile, weights, span, inv0, inv1, top, WHOLE)
+        else:
+            sums0, sums1 = _scale_sums_of_two(tile, weights, span, inv0, inv1, top, table)
+        inv0, inv1 = next0, next1
+        best = _better_scale(sums0, best)
+        if i == -1:
+            if again:
+                plain_sums = _scale_sums(tile, weights, span, middle, top, table)
+            best = _better_scale(plain_sums, best)
+        best = _better_scale(sums1, best)
+    return best[1], sw
 
 
 @inner
-def _flip(v, q, sums, top):
-    """The code that suits one weight best while the others stay: code, sums with it, 1 where it moved."""
+def _flip(v, known, q, sums, top):
+    """The code that suits one weight best while the others stay: code, sums with it, where it moved.
+
+    known: x * x and its product with x.
+    """
     sxl, sll = sums
-    weight = v * v
-    sxl_e = sxl - weight * v * q
+    weight, cube = known
+    sxl_e = sxl - cube * q
     sll_e = sll - weight * q * q
     sound = sxl_e > ZERO
-    new = clip(nearest(where(sound, quotient(v * sll_e, sxl_e), q)), ZERO - top, top - ONE)
-    sxl_e = sxl_e + weight * v * new
+    new = clip(nearest(where(sound, v * sll_e / sxl_e, q)), ZERO - top, top - ONE)
+    sxl_e = sxl_e + cube * new
     sll_e = sll_e + weight * new * new
-    step = new - q
-    better = sound & (step * step > ZERO) & (sll_e > ZERO) & (sxl_e * sxl_e * sll > sxl * sxl * sll_e)
-    return where(better, new, q), (where(better, sxl_e, sxl), where(better, sll_e, sll)), where(better, ONE, ZERO)
+    better = sound & (new != q) & (sll_e > ZERO) & (sxl_e * sxl_e * sll > sxl * sxl * sll_e)
+    return where(better, new, q), (where(better, sxl_e, sxl), where(better, sll_e, sll)), better
 
 
 @inner
-def _plain_codes(tile, span, top, codes):
-    """Codes of one sub-block with its weight of largest magnitude at the lowest value; their sums, weights x * x."""
-    extreme = load(tile[0], span[0])
+def _plain_codes(tile, span, top, codes, powers):
+    """Codes of one sub-block with its weight of largest magnitude at the lowest value; their sums, weights x * x.
+
+    powers: x * x and x * x * x of the sub-block are left there.
+    """
+    extreme = load(tile, span[0])
     for e in range(span[0], span[1]):
-        v = load(tile[0], e)
+        v = load(tile, e)
         extreme = where(larger(v, ZERO - v) > larger(extreme, ZERO - extreme), v, extreme)
     inv = quotient(spread(ZERO - top), extreme)
     sxl = spread(ZERO)
     sll = sxl
     for e in range(span[0], span[1]):
-        v = load(tile[0], e)
+        v = load(tile, e)
+        weight = v * v
+        cube = weight * v
         q = clip(nearest(inv * v), ZERO - top, top - ONE)
         store(codes, e, q)
-        sxl = sxl + v * v * v * q
-        sll = sll + v * v * q * q
+        store(powers[0], e, weight)
+        store(powers[1], e, cube)
+        sxl = sxl + cube * q
+        sll = sll + weight * q * q
     return sxl, sll
+
+
+@inner
+def _flip_at(tile, powers, codes, e, sums, top):
+    return _flip(load(tile, e), (load(powers[0], e), load(powers[1], e)), load(codes, e), sums, top)
 
 
 @inner
 def _flips(tile, scales, sub, top):
     """Scales of Q3_K's sub-blocks without an imatrix: codes move one by one, five times around, weights x * x.
 
-    Each move waits for the one before it, so two sub-blocks go side by side; once neither moves, both stand.
+    Each move waits for the one before it, so four sub-blocks go side by side; once none moves, all stand.
     """
-    codes = np.empty((tile.shape[1], 16), np.float32)
-    for first in range(0, tile.shape[1], 2 * sub):
-        second = first + sub
-        sums0 = _plain_codes(tile, (first, second), top, codes)
-        sums1 = _plain_codes(tile, (second, second + sub), top, codes)
+    codes = np.empty((4 * sub, 16), np.float32)
+    powers = np.empty((2, 4 * sub, 16), np.float32)
+    for first in range(0, tile.shape[1], 4 * sub):
+        group = tile[0, first : first + 4 * sub]
+        sums0 = _plain_codes(group, (0, sub), top, codes, powers)
+        sums1 = _plain_codes(group, (sub, 2 * sub), top, codes, powers)
+        sums2 = _plain_codes(group, (2 * sub, 3 * sub), top, codes, powers)
+        sums3 = _plain_codes(group, (3 * sub, 4 * sub), top, codes, powers)
         for _ in range(5):
-            moved = spread(ZERO)
-            for e in range(first, second):
-                q0, sums0, moved0 = _flip(load(tile[0], e), load(codes, e), sums0, top)
-                q1, sums1, moved1 = _flip(load(tile[0], e + sub), load(codes, e + sub), sums1, top)
+            moved = spread(ZERO) > ZERO
+            for e in range(sub):
+                q0, sums0, moved0 = _flip_at(group, powers, codes, e, sums0, top)
+                q1, sums1, moved1 = _flip_at(group, powers, codes, e + sub, sums1, top)
+                q2, sums2, moved2 = _flip_at(group, powers, codes, e + 2 * sub, sums2, top)
+                q3, sums3, moved3 = _flip_at(group, powers, codes, e + 3 * sub, sums3, top)
                 store(codes, e, q0)
                 store(codes, e + sub, q1)
-                moved = moved + moved0 + moved1
-            if not any_lane(moved > ZERO):
+                store(codes, e + 2 * sub, q2)
+                store(codes, e + 3 * sub, q3)
+                moved = moved | moved0 | moved1 | moved2 | moved3
+            if not any_lane(moved):
                 break
-        store(scales, first // sub, quotient(sums0[0], sums0[1]))
-        store(scales, second // sub, quotient(sums1[0], sums1[1]))
+        for i, sums in enumerate((sums0, sums1, sums2, sums3)):
+            store(scales, first // sub + i, quotient(sums[0], sums[1]))
 
 
 @inner

@@ -23,9 +23,11 @@ import numpy as np
 
 from weightsmith.quant.algorithms import reference
 from weightsmith.quant.algorithms.lanes import (
+    any_lane,
     clip,
     larger,
     load,
+    magnitude,
     nearest,
     quotient,
     smaller,
@@ -33,7 +35,7 @@ from weightsmith.quant.algorithms.lanes import (
     store,
     where,
 )
-from weightsmith.quant.algorithms.levels import nearest_value
+from weightsmith.quant.algorithms.levels import TAME, WHOLE, nearest_value, within
 from weightsmith.quant.algorithms.tiles import stored
 from weightsmith.quant.kernels import inner
 
@@ -118,35 +120,48 @@ def extreme(tile, span):
 
 
 @inner
+def _anchors(shape, i, steps):
+    """Where steps i and i + 1 of the fan put the weight of largest magnitude: near the lowest and the highest value."""
+    _n_sub, _sub, top, high, _largest, below, above = shape
+    more0 = above - (below + above) * np.float32(i) / np.float32(steps - 1)
+    more1 = above - (below + above) * np.float32(i + 1) / np.float32(steps - 1)
+    return top + more0, high + more1
+
+
+@inner
+def _better_fit(sxc, scc, best, scale, at_cc):
+    """What the best is after a fit that has these sums: gain, scale and sum of c * c."""
+    s = sxc / scc  # 0 / 0 is no number, so not better
+    gain = s * sxc
+    better = gain * LEAST > best
+    return where(better, gain, best), where(better, s, scale), where(better, scc, at_cc)
+
+
+@inner
 def fit_sub(tile, state, k, shape, table, steps):
     """Real scale of sub-block k and the sum that describes the error around it."""
-    _n_sub, sub, top, high, _largest, below, above = shape
+    _n_sub, sub, top = shape[:3]
     span = (k * sub, k * sub + sub)
     unit = quotient(spread(ONE), extreme(tile, span))
     best = spread(ZERO)
     scale = best
     at_cc = best
-    for i in range(0, steps + 1, 2):  # two at a time: the low anchor and the high one; the last is alone
-        if i < steps:
-            more0 = above - (below + above) * np.float32(i) / np.float32(steps - 1)
-            more1 = above - (below + above) * np.float32(i + 1) / np.float32(steps - 1)
-            inv0 = unit * (ZERO - top - more0)
-            sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, unit * (high + more1), top, table)
+    tame = not any_lane(magnitude(unit) > TAME)
+    low, high = _anchors(shape, 0, steps)
+    inv0, inv1 = unit * (ZERO - low), unit * high
+    for i in range(0, steps, 2):  # two at a time: the low anchor and the high one
+        inside = tame and max(low, high) <= within(top)
+        low, high = _anchors(shape, i + 2, steps)
+        next0, next1 = unit * (ZERO - low), unit * high  # now, since the sums are to begin without waiting for them
+        if table is None and inside:
+            sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, inv1, top, WHOLE)
         else:
-            sxc, scc = sums(tile, span, quotient(spread(ONE), scale), top, table)
-            sxc1, scc1 = sxc, scc
-        s = quotient(sxc, scc)
-        s1 = quotient(sxc1, scc1)
-        gain = s * sxc
-        better = gain * LEAST > best
-        best = where(better, gain, best)
-        scale = where(better, s, scale)
-        at_cc = where(better, scc, at_cc)
-        gain = s1 * sxc1
-        better = gain * LEAST > best
-        best = where(better, gain, best)
-        scale = where(better, s1, scale)
-        at_cc = where(better, scc1, at_cc)
+            sxc, scc, sxc1, scc1 = sums_of_two(tile[0], tile[1], span, inv0, inv1, top, table)
+        inv0, inv1 = next0, next1
+        best, scale, at_cc = _better_fit(sxc, scc, best, scale, at_cc)
+        best, scale, at_cc = _better_fit(sxc1, scc1, best, scale, at_cc)
+    sxc, scc = sums(tile, span, quotient(spread(ONE), scale), top, table)
+    best, scale, at_cc = _better_fit(sxc, scc, best, scale, at_cc)
     store(state[SCALE], k, scale)
     store(state[S_CC], k, at_cc)
 

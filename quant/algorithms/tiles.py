@@ -11,7 +11,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from weightsmith.quant.algorithms.lanes import LANES, eleven_bits, larger, load, store, where
+from weightsmith.quant.algorithms.lanes import (
+    LANES,
+    eleven_bits,
+    larger,
+    larger_bits,
+    load,
+    magnitude,
+    store,
+    where,
+)
+from weightsmith.quant.algorithms.transposed import to_lanes
 from weightsmith.quant.kernels import bits_of, float_of, half_bits, inner
 
 TOO_LARGE = np.int32(0x7C00)  # what a kernel returns for weights that are no numbers, or out of reach
@@ -32,37 +42,37 @@ def reach_bits(largest: float) -> np.int32:
 def fill(rows, first, importance, tiles, units):
     """Bring blocks first..first+15 of rows (float32 [n_blocks, width]) into tiles[0] and their weights into tiles[1].
 
-    importance: float32 [period, width]; block b has importance[b % period]. tiles: float32 [2, width, 16].
-    units: float32 [2, 16], the blocks' powers of two and their inverses. Lanes past the end become zero blocks.
-    Returns the bits of the largest magnitude; those of Inf and NaN are larger than any number's.
+    importance: float32 [period, width]; block b has importance[b % period]. tiles: float32 [2, width, 16], width whole
+    sixteens. units: float32 [2, 16], the blocks' powers of two and their inverses. Lanes past the end repeat the last
+    block. Returns the bits of the largest magnitude; those of Inf and NaN are larger than any number's.
     """
-    worst = np.int32(0)
-    width = rows.shape[1]
-    again = LANES % importance.shape[0] == 0 and first > 0  # then all tiles of a call have the same importances
+    width, period = rows.shape[1], importance.shape[0]
+    again = LANES % period == 0 and first > 0  # then all tiles of a call have the same importances
+    at = np.empty((2, LANES), np.int64)
     for lane in range(LANES):
-        b = first + lane
-        top = np.int32(0)
-        if b >= rows.shape[0]:
-            for e in range(width):
-                tiles[0, e, lane] = ZERO
-                tiles[1, e, lane] = importance[0, e]
-        else:
-            for e in range(width):
-                top = max(top, np.int32(bits_of(rows[b, e]) & np.int32(0x7FFFFFFF)))
+        at[0, lane] = min(first + lane, rows.shape[0] - 1)
+        at[1, lane] = at[0, lane] % period
+    for e in range(0, width, LANES):
+        to_lanes(rows, at[0], e, tiles[0])
+    if not again:
+        for e in range(0, width, LANES):
+            to_lanes(importance, at[1], e, tiles[1])
+    size = magnitude(load(tiles[0], 0))
+    for e in range(1, width):
+        size = larger_bits(size, magnitude(load(tiles[0], e)))
+    store(units, 0, size)
+    worst = np.int32(0)
+    for lane in range(LANES):
+        top = bits_of(units[0, lane])
         worst = max(worst, top)
         exponent = min(max(np.int32(top >> np.int32(23)), np.int32(1)), np.int32(253))
         if top == np.int32(0):
             exponent = np.int32(127)
         units[0, lane] = float_of(np.int32(exponent << np.int32(23)))
         units[1, lane] = float_of(np.int32(np.int32(np.int32(254) - exponent) << np.int32(23)))
-        if b < rows.shape[0]:
-            period = b % importance.shape[0]
-            shrink = units[1, lane]
-            for e in range(width):
-                tiles[0, e, lane] = rows[b, e] * shrink
-            if not again:
-                for e in range(width):
-                    tiles[1, e, lane] = importance[period, e]
+    shrink = load(units, 1)
+    for e in range(width):
+        store(tiles[0], e, load(tiles[0], e) * shrink)
     return worst
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.quant.algorithms import symmetric, weighted
-from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.lanes import LANES, load, store_bytes
 from weightsmith.quant.algorithms.levels import signed_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
-from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.algorithms.transposed import lay, room
+from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, inner, kernel
 from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
@@ -28,7 +29,33 @@ ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (16, 16, np.float32(4.0), np.float32(3.0), np.float32(32.0), np.float32(1.25), np.float32(2.0))
 _REACH = reach_bits(32.0 * 3.0)
 _TENTH = np.float32(0.1)
+# The lowest bits of every byte.
+_ONE, _TWO, _FOUR = (np.uint64(0x0101010101010101 * bits) for bits in (1, 3, 15))
 LATTICE = Shape(256, 16, 7, 4, (-32, 31))
+
+
+@inner
+def _lay_out(codes, scales, packed):
+    """Bytes 0 to 107 of sixteen blocks. Words hold a byte of eight lanes each: codes [8, 64], a row 32 weights."""
+    high, low, low_too = packed[:64], packed[64:128], packed[128:192]
+    high[:] = np.uint64(0)
+    low[:] = np.uint64(0)
+    low_too[:] = np.uint64(0)
+    for run in range(8):
+        part, shift = codes[run], np.uint64(run)
+        for i in range(part.size):
+            high[i] |= (part[i] >> np.uint64(2) & _ONE) << shift
+    for run in range(4):
+        part, later, shift = codes[run], codes[run + 4], np.uint64(2 * run)
+        for i in range(part.size):
+            low[i] |= (part[i] & _TWO) << shift
+            low_too[i] |= (later[i] & _TWO) << shift
+    for i in range(16):
+        packed[192 + i] = scales[i] & _FOUR | (scales[16 + i] & _FOUR) << np.uint64(4)
+    for i in range(8):
+        above = scales[i] >> np.uint64(4) & _TWO | (scales[8 + i] >> np.uint64(4) & _TWO) << np.uint64(2)
+        above |= (scales[16 + i] >> np.uint64(4) & _TWO) << np.uint64(4)
+        packed[208 + i] = above | (scales[24 + i] >> np.uint64(4) & _TWO) << np.uint64(6)
 
 
 @kernel(weighted.SEARCH)
@@ -37,7 +64,10 @@ def _encode(x, importance, out, effort, guided):
     units = np.empty((2, LANES), np.float32)
     state = np.empty((N_STATE, 16, LANES), np.float32)
     codes = np.empty((256, LANES), np.uint8)
+    scales = np.empty((16, LANES), np.uint8)
     half = np.empty(LANES, np.int32)
+    packed, turned = room(110)
+    words = packed.view(np.uint64).reshape(-1)
     manner = (1 if guided else 4, 9, _TENTH, np.float32(-1.0), 1 if guided else 0)
     worst = np.int32(0)
     for first in range(0, x.shape[0], LANES):
@@ -46,27 +76,13 @@ def _encode(x, importance, out, effort, guided):
         d = search(tile, units, state, _SHAPE, None, effort, manner)
         signed_codes(tile, state[LS], d, codes, np.float32(4.0))
         worst = max(worst, halves(d, units, half))
-        for lane in range(min(LANES, x.shape[0] - first)):
-            row = out[first + lane]
-            for j in range(32):
-                high = np.int32(0)
-                for i in range(8):
-                    high |= (np.int32(codes[32 * i + j, lane]) >> 2) << i
-                row[j] = high
-            for j in range(64):
-                e = 128 * (j // 32) + j % 32
-                low = codes[e, lane] & 3 | (codes[e + 32, lane] & 3) << 2
-                row[32 + j] = low | (codes[e + 64, lane] & 3) << 4 | (codes[e + 96, lane] & 3) << 6
-            for k in range(8):
-                first_s, second_s = np.int32(state[LS, k, lane]) + 32, np.int32(state[LS, k + 8, lane]) + 32
-                row[96 + k] = (first_s & 15) | (second_s & 15) << 4
-            for i in range(4):
-                high = np.int32(0)
-                for part in range(4):
-                    high |= ((np.int32(state[LS, 4 * part + i, lane]) + 32) >> 4) << (2 * part)
-                row[104 + i] = high
-            row[108] = half[lane] & 0xFF
-            row[109] = half[lane] >> 8
+        for k in range(16):
+            store_bytes(scales, k, load(state[LS], k) + np.float32(32.0))
+        _lay_out(codes.view(np.uint64).reshape(8, 64), scales.view(np.uint64).reshape(-1), words)
+        for lane in range(LANES):
+            packed[108, lane] = half[lane] & 0xFF
+            packed[109, lane] = half[lane] >> 8
+        lay(packed, turned, out, first)
     return worst
 
 

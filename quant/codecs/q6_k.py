@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsmith.quant.algorithms import symmetric, weighted
-from weightsmith.quant.algorithms.lanes import LANES
+from weightsmith.quant.algorithms.lanes import LANES, load, store_bytes
 from weightsmith.quant.algorithms.levels import signed_codes
 from weightsmith.quant.algorithms.symmetric import LS, N_STATE, search
 from weightsmith.quant.algorithms.tiles import TOO_LARGE, fill, halves, reach_bits
-from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, kernel
+from weightsmith.quant.algorithms.transposed import lay, room
+from weightsmith.quant.kernels import DECODE, decode_blocks, half_value, inner, kernel
 from weightsmith.quant.lattice import Lattice, Shape, blocks_of, empty, fields, half_at, join, opened, put_half
 from weightsmith.types import Packed, Rows
 
@@ -28,7 +29,23 @@ ARITHMETIC_VERSION = symmetric.ARITHMETIC_VERSION
 _SHAPE = (16, 16, np.float32(32.0), np.float32(31.0), np.float32(128.0), np.float32(6.0), np.float32(1.5))
 _REACH = reach_bits(128.0 * 31.0)
 _TENTH = np.float32(0.1)
+_TWO, _FOUR = (np.uint64(0x0101010101010101 * bits) for bits in (3, 15))  # the lowest bits of every byte
 LATTICE = Shape(256, 16, 63, 32, (-128, 127))
+
+
+@inner
+def _lay_out(codes, packed):
+    """Bytes 0 to 191 of sixteen blocks. Words hold a byte of eight lanes each: codes [8, 64], a row 32 weights."""
+    for half in range(2):
+        a, b, c, f = codes[4 * half], codes[4 * half + 1], codes[4 * half + 2], codes[4 * half + 3]
+        low, low_too, high = packed[2 * half], packed[2 * half + 1], packed[4 + half]
+        for i in range(64):
+            low[i] = a[i] & _FOUR | (c[i] & _FOUR) << np.uint64(4)
+            low_too[i] = b[i] & _FOUR | (f[i] & _FOUR) << np.uint64(4)
+            above = a[i] >> np.uint64(4) & _TWO | (b[i] >> np.uint64(4) & _TWO) << np.uint64(2)
+            high[i] = (
+                above | (c[i] >> np.uint64(4) & _TWO) << np.uint64(4) | (f[i] >> np.uint64(4) & _TWO) << np.uint64(6)
+            )
 
 
 @kernel(weighted.SEARCH)
@@ -38,6 +55,7 @@ def _encode(x, importance, out, effort, guided):
     state = np.empty((N_STATE, 16, LANES), np.float32)
     codes = np.empty((256, LANES), np.uint8)
     half = np.empty(LANES, np.int32)
+    packed, turned = room(210)
     manner = (2 if guided else 3, 9, _TENTH, np.float32(-1.0), 0)
     worst = np.int32(0)
     for first in range(0, x.shape[0], LANES):
@@ -46,19 +64,13 @@ def _encode(x, importance, out, effort, guided):
         d = search(tile, units, state, _SHAPE, None, effort, manner)
         signed_codes(tile, state[LS], d, codes, np.float32(32.0))
         worst = max(worst, halves(d, units, half))
-        for lane in range(min(LANES, x.shape[0] - first)):
-            row = out[first + lane]
-            for j in range(64):
-                e = 128 * (j // 32) + j % 32
-                a, b, c, f = codes[e, lane], codes[e + 32, lane], codes[e + 64, lane], codes[e + 96, lane]
-                low = 64 * (j // 32) + j % 32
-                row[low] = (a & 15) | (c & 15) << 4
-                row[low + 32] = (b & 15) | (f & 15) << 4
-                row[128 + j] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (f >> 4) << 6
-            for k in range(16):
-                row[192 + k] = np.int32(state[LS, k, lane]) & 0xFF
-            row[208] = half[lane] & 0xFF
-            row[209] = half[lane] >> 8
+        _lay_out(codes.view(np.uint64).reshape(8, 64), packed.view(np.uint64).reshape(-1, 64))
+        for k in range(16):
+            store_bytes(packed, 192 + k, load(state[LS], k))
+        for lane in range(LANES):
+            packed[208, lane] = half[lane] & 0xFF
+            packed[209, lane] = half[lane] >> 8
+        lay(packed, turned, out, first)
     return worst
 
 

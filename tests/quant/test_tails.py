@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.quant.kquants import ggml
@@ -33,6 +33,7 @@ def exactly(column: list[float]) -> float:
     return float((len(column) * fourths / squares**2) ** 2) if squares else 1.0
 
 
+@settings(deadline=None)  # the first example compiles
 @given(
     st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3), min_size=1)
 )
@@ -47,6 +48,25 @@ def test_cuts_do_not_matter() -> None:
     whole = estimate(rows)
     for cuts in ((1,), (20, 40), tuple(range(1, 57))):
         assert np.array_equal(estimate(rows, *cuts), whole)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.sampled_from([1, 2, 7, 1023, 1024, 1025, 2100]), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("codec", ["F16", "BF16"])
+def test_stored_rows_give_the_same_sums(codec: str, n_rows: int, row_len: int, seed: int) -> None:
+    """Any sixteen bits, NaN, Inf and subnormal ones among them."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 1 << 16, (n_rows, row_len), np.uint16)
+    if seed % 2:  # sums that are finite
+        bits &= np.uint16(0xBBFF if codec == "F16" else 0xBFFF)
+    packed = bits.view(np.uint8)
+    stored, decoded = Tails(row_len), Tails(row_len)
+    for part in np.split(packed, [n_rows // 3]):
+        stored.add_stored(codec, part)
+        decoded.add(codecs.decode(codec, part, row_len))
+    assert stored._sums.tobytes() == decoded._sums.tobytes() or not np.isfinite(decoded._sums).all()
+    assert np.array_equal(np.isfinite(stored._sums), np.isfinite(decoded._sums))
+    assert np.array_equal(stored.importance(), decoded.importance())
 
 
 def test_tails_decide_and_sizes_do_not() -> None:
