@@ -1,6 +1,6 @@
-"""AutoRound as a process of its own, in the environment of `benchmarks/peers.sh`: one GPTQ checkpoint or GGUF file.
+"""AutoRound as a process of its own, in the environment of `benchmarks/peers.sh`: one GPTQ checkpoint.
 
-Usage: PEERS/bin/python benchmarks/autoround_quantize.py SOURCE OUT gptq:BITS|gguf:TYPE GROUP ROWS.npy STEPS
+Usage: PEERS/bin/python benchmarks/autoround_quantize.py SOURCE OUT gptq BITS GROUP ROWS.npy STEPS
 
 ROWS.npy: int64 [rows, length], what it calibrates on, token for token. STEPS: of tuning a block (its `iters`, 200 by
 default). Symmetric, everything else by its own defaults; the source is loaded as it is stored.
@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 
-def main(source: str, out: str, target: str, group: str, rows: str, steps: str) -> None:
+def main(source: str, out: str, method: str, bits: str, group: str, rows: str, steps: str) -> None:
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, out = (os.path.abspath(path) for path in (source, out))
-    kind, _, form = target.partition(":")
-    scheme = {"bits": int(form), "group_size": int(group), "sym": True} if kind == "gptq" else {"scheme": f"GGUF:{form}"}
+    if method != "gptq":
+        raise SystemExit(f"no cell of {method} for AutoRound")
     tokens = torch.from_numpy(np.load(rows))
     begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
@@ -32,14 +31,17 @@ def main(source: str, out: str, target: str, group: str, rows: str, steps: str) 
     tuner = AutoRound(
         model,
         tokenizer,
-        **scheme,
+        bits=int(bits),
+        group_size=int(group),
+        sym=True,
         iters=int(steps),
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
         dataset=list(tokens.split(8)),
         device_map="cpu",
     )
-    tuner.quantize_and_save(out, format="auto_gptq" if kind == "gptq" else f"gguf:{form.lower()}")
+    _, folders = tuner.quantize_and_save(f"{out}.made", format="auto_gptq")
+    os.rename(folders if isinstance(folders, str) else folders[0], out)
     times = {"load": loaded - begun, "quantize": time.perf_counter() - loaded}
     print("TIMES", json.dumps(times), flush=True)
 

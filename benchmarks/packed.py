@@ -1,12 +1,14 @@
-"""GPTQ and AWQ checkpoints, ours beside GPTQModel's and plain rounding: what is lost, bytes, seconds, memory.
+"""GPTQ and AWQ checkpoints, ours beside GPTQModel's, AutoRound's and plain rounding: what is lost, bytes, seconds.
 
     sh benchmarks/peers.sh build/peers
     python -m benchmarks.packed --text CALIBRATION.txt --eval OTHER.txt [--rows 128] [--windows N] [--cells gptq:4]
+                                [--contestants GPTQModel,AutoRound-30,weightsmith]
 
 The original is `benchmarks.dithered`, plain. All calibrate on the same rows, token for token, run in turn as processes
 of their own, and are judged by the same decoder on the same tokens. GPTQ is symmetric, AWQ has zero points, groups are
 of 64. Bytes are those of the packed linears: what is left alone, everyone writes as it likes. "rounding" is the nearest
-code on a grid that spans each group. Both kinds of seconds are given: on a machine that does other work, those of all
+code on a grid that spans each group. AutoRound-N is it with N steps of tuning for a block, and takes part in cells of
+gptq only. Both kinds of seconds are given: on a machine that does other work, those of all
 cores are the ones to compare.
 
 Checkpoints and results stay in --work, so a run that was stopped goes on, and more windows only judge again.
@@ -36,7 +38,7 @@ from weightsmith.quant.algorithms import rtn
 
 GROUP = 64
 CONTESTANTS = ("rounding", "GPTQModel", "weightsmith")
-SCRIPT = Path(__file__).with_name("gptqmodel_quantize.py")
+SCRIPTS = {name: Path(__file__).with_name(f"{name.lower()}_quantize.py") for name in ("GPTQModel", "AutoRound")}
 
 
 def main() -> None:
@@ -75,10 +77,11 @@ def _make(source: Path, cell: str, name: str, options: argparse.Namespace) -> No
         _round(source, folder, rtn.Grid(int(bits), GROUP, sym=method == "gptq"))
         return
     log = folder.with_suffix(".log")
-    if name == "GPTQModel":
+    peer, _, steps = name.partition("-")
+    if peer in SCRIPTS:
         rows = _rows(source, options)
-        command = [str(options.peers / "bin" / "python"), str(SCRIPT), str(source), str(folder)]
-        command += [method, bits, str(GROUP), str(rows)]
+        command = [str(options.peers / "bin" / "python"), str(SCRIPTS[peer]), str(source), str(folder)]
+        command += [method, bits, str(GROUP), str(rows), *([steps] if steps else [])]
     else:
         target = cell if method == "gptq" else method
         command = [sys.executable, "-m", "weightsmith", "quantize", str(source), "--to", target, "-o", str(folder)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.runtime import llama
 from weightsmith.cli.app import run
 
 
@@ -28,7 +29,7 @@ def test_logits_of_the_exported_files_agree(exported: tuple[Path, Path]) -> None
     rounds activations to F16 beside F16 weights, hence the wider bounds. Measured: mean KL below 2e-9 nats and at most
     7e-5 between logits against transformers, 1.3e-6 nats and 0.05 against llama.cpp.
     """
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,17 +49,7 @@ def test_logits_of_the_exported_files_agree(exported: tuple[Path, Path]) -> None
         ours = decoder.logits(decoder.hidden(tokens)[0])
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         theirs = peer(tokens).logits[0]
-    model = llama_cpp.Llama(
-        str(gguf),
-        n_ctx=256,
-        n_batch=256,
-        logits_all=True,
-        verbose=False,
-        n_threads=2,
-        flash_attn=False,
-        type_k=0,
-        type_v=0,
-    )
+    model = llama(gguf, n_ctx=256, n_batch=256, logits_all=True, n_threads=2, flash_attn=False, type_k=0, type_v=0)
     model.eval(ids)
     native = torch.from_numpy(np.array(model.scores[: len(ids)], np.float32))
     model.close()

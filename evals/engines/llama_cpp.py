@@ -48,6 +48,7 @@ def _open(library: Any, reader: Reader, ctx: int, ruler: Ruler, stack: ExitStack
     """Load the model and make a context of one sequence, both freed with `stack`."""
     params = library.llama_model_default_params()
     params.n_gpu_layers = 0
+    params.use_extra_bufts = False  # weights repacked for AMX crash it (its issue 20824), and compute otherwise
     model = library.llama_model_load_from_file(str(reader.files()[0]).encode(), params)
     if not model:
         raise UnsupportedError("llama.cpp cannot load this file", path=reader.path)

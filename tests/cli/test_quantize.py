@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.runtime import llama
 from tests.tiny import write_llama
 from weightsmith.cli.app import run
 from weightsmith.formats import imatrix
@@ -56,9 +57,8 @@ def notes(path: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_llama_cpp_runs_it(kind: str, wide: Path, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     made(wide, tmp_path / "m.gguf", kind)
-    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False, n_threads=2)
+    model = llama(tmp_path / "m.gguf", n_ctx=64, n_threads=2)
     out = model.create_completion("The smith", max_tokens=8, temperature=0.0)
     assert out["usage"]["completion_tokens"] > 0
     model.close()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.formats.gguf import rawgguf as raw
 from tests.formats.gguf.tinymodel import planned, tiny_config, tiny_vocab, write_ours
+from tests.runtime import llama
 from weightsmith.errors import IntegrityError, NotFoundError, OutputExistsError, UnsafeInputError, UsageError
 from weightsmith.formats import gguf as container
 from weightsmith.types import RopeScaling
@@ -189,11 +190,10 @@ def test_a_part_that_is_a_link_out_of_the_folder(parts: list[Path], tmp_path_fac
 
 
 def test_llama_cpp_loads_one_file_and_many(parts: list[Path], tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
     whole = write_ours(tmp_path / "whole" / "a.gguf", CONFIG, vocab=tiny_vocab())
     logits = []
     for path in (whole, parts[0]):
-        model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1)
+        model = llama(path, n_ctx=32, logits_all=True, n_threads=1)
         tokens = model.tokenize(b"the thread", add_bos=True)
         assert tokens[:2] == [256, 259]
         model.eval(tokens)

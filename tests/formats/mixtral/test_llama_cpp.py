@@ -14,6 +14,7 @@ from tests.evals.test_engines import gather
 from tests.moe import write_mixtral
 from tests.peers import test_converter as peer
 from tests.quant import test_recipes_llama_cpp as quantizer
+from tests.runtime import llama
 from weightsmith import formats, jobs
 from weightsmith.cli.app import run
 from weightsmith.evals import perplexity
@@ -87,11 +88,10 @@ def test_perplexity_is_llama_cpps(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0"])
 def test_quantized_files_load_and_generate(kind: str, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
     source = write_mixtral(tmp_path / "hf", **WIDE)
     path = tmp_path / "a.gguf"
     assert run(["quantize", str(source), "--to", f"gguf:{kind}", "-o", str(path), "-q"]) == 0
-    model = llama_cpp.Llama(str(path), n_ctx=64, verbose=False, n_threads=2)
+    model = llama(path, n_ctx=64, n_threads=2)
     made = model.create_completion("The forge", max_tokens=8, temperature=0.0)
     assert made["usage"]["completion_tokens"] >= 1
     assert model.metadata["llama.expert_count"] == "8"
