@@ -33,6 +33,7 @@ from numba.extending import intrinsic
 
 from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
+from weightsmith.quant.uncollected import uncollected
 from weightsmith.types import Packed, Rows
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,7 +70,8 @@ class Lazy:
         if self._compiled is None:
             with self._lock:
                 if self._compiled is None:
-                    self._compiled = _compile(self._function, self._signature)
+                    with uncollected():
+                        self._compiled = _compile(self._function, self._signature)
         return self._compiled(*args)
 
 

@@ -12,7 +12,6 @@ from weightsmith.errors import IntegrityError, UsageError
 from weightsmith.formats import archs
 from weightsmith.formats.imatrix import Imatrix, read
 from weightsmith.quant.blocks import BLOCKS
-from weightsmith.texts import Text
 from weightsmith.types import Plan, Reader, TensorInfo
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from weightsmith.evals.calibration.encoded import Encoded
     from weightsmith.evals.calibration.packed import PackedOptions
+    from weightsmith.texts import Text
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
+from weightsmith.quant.uncollected import uncollected
 from weightsmith.types import Reader, TensorInfo
 
 _AT_ONCE = 1 << 18  # weights: what is read of them stays in the cache
@@ -41,7 +42,8 @@ class Estimates:
         return found.result()
 
     def _estimate(self, info: TensorInfo) -> NDArray[np.float32]:
-        from weightsmith.quant.tails import Tails  # noqa: PLC0415  (loads numba)
+        with uncollected():
+            from weightsmith.quant.tails import Tails  # noqa: PLC0415  (loads numba)
 
         tails = Tails(info.row_len)
         unit = self._reader.row_unit(info.name)

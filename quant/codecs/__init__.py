@@ -20,6 +20,7 @@ from weightsmith.errors import IntegrityError, UnsupportedError
 from weightsmith.quant import finite, foreign
 from weightsmith.quant.blocks import BLOCKS, row_nbytes
 from weightsmith.quant.lattice import Lattice
+from weightsmith.quant.uncollected import uncollected
 from weightsmith.types import Packed, Rows
 
 _LONE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -36,7 +37,8 @@ def writable() -> tuple[str, ...]:
 
 @cache
 def _module(codec: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{codec.lower()}")
+    with uncollected():
+        return importlib.import_module(f"{__name__}.{codec.lower()}")
 
 
 def heeds_importance(codec: str, effort: str) -> bool:
