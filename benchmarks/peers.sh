@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the environment of the quantizers that ours is measured beside: GPTQModel (GPTQ and AWQ).
+# Make the environment of the quantizers that ours is measured beside: GPTQModel (GPTQ and AWQ) and AutoRound.
 #
 #     sh benchmarks/peers.sh [FOLDER]            # default build/peers; PYTHON chooses the interpreter
 #
@@ -19,5 +19,5 @@ pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
 printf 'torch==2.13.0\n' > "$pins"
 $PIP install --quiet --constraint "$pins" torch==2.13.0 'setuptools<85' wheel
-$PIP install --quiet --constraint "$pins" gptqmodel==7.6.0 optimum
+$PIP install --quiet --constraint "$pins" gptqmodel==7.6.0 optimum auto-round==0.16.0
 GPTQMODEL_CPU_WORKERS=2 "$FOLDER/bin/python" -c 'import gptqmodel, torch; print("GPTQModel", gptqmodel.__version__, "torch", torch.__version__)'
