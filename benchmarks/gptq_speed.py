@@ -23,7 +23,7 @@ from weightsmith.quant.algorithms.moments import loss_of, shrinkage
 from weightsmith.quant.algorithms.rtn import Grid
 
 RUNS = 5
-PARTS = ("search", "factor", "feedback", "_move_grid", "_move_codes", "sweep", "move_grid", "move_codes", "quantize")
+PARTS = ("search", "factor", "feedback", "_move_grid", "_move_codes", "sweep", "quantize")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
             found = gptq.quantize(w, h, grid, shrink=shrink)
             seconds.append(time.process_time() - start)
         profile.runcall(gptq.quantize, w, h, grid, shrink=shrink)
-        share = loss_of(w, found.dequantize(), h) / loss_of(w, torch.zeros_like(w), h)
+        share = loss_of(w, found.dequantize(), h) / loss_of(w, None, h)
         print(f"| {names[0].split('.')[-2]} | {list(w.shape)} | {min(seconds):.4f} | {share:.8f} |")
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for part in PARTS:

@@ -125,20 +125,26 @@ class _Run:
         every: int = 1,
     ) -> None:
         """Send all rows, or every so many steps of them, through stages; what comes out is carried on if `keep`."""
-        place, kind = self.decoder.place, self.decoder.kind
-        if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
-            self._by_expert(layer, stages[:-1], tap=tap, keep=keep)
-            return
+        kind = self.decoder.kind
+        with products.precision(products.quick(self.decoder.place.device)):
+            if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
+                self._by_expert(layer, stages[:-1], tap=tap, keep=keep)
+            else:
+                self._by_step(layer, stages, tap=tap, keep=keep, every=every)
+        if keep:
+            self.carry.turn()
+
+    def _by_step(
+        self, layer: Layer, stages: Sequence[Stage], *, tap: _Collector | None, keep: bool, every: int
+    ) -> None:
         for start in range(0, self.carry.rows, self.step * every):
-            carried = before = self.carry.take(start, start + self.step, place)
-            with suppress(EnoughError), products.precision(products.quick(place.device)):
+            carried = before = self.carry.take(start, start + self.step, self.decoder.place)
+            with suppress(EnoughError):
                 for stage in stages:
                     carried = stage.run(layer, carried, self.tables, self.decoder.config, tap)
                 if keep:
                     self.carry.put(start, carried, moved=carried[0] is not before[0])
             del carried, before
-        if keep:
-            self.carry.turn()
 
     def _by_expert(self, layer: Layer, before: Sequence[Stage], *, tap: _Collector | None, keep: bool) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
@@ -149,17 +155,13 @@ class _Run:
             steps = []
             for start in range(first, min(first + at_once, self.carry.rows), self.step):
                 carried = self.carry.take(start, min(start + self.step, first + at_once), place)
-                with products.precision(products.quick(place.device)):
-                    for stage in before:
-                        carried = stage.run(layer, carried, self.tables, config, tap)
+                for stage in before:
+                    carried = stage.run(layer, carried, self.tables, config, tap)
                 steps.append(carried[0] if before else carried[0].clone())
                 del carried
-            with products.precision(products.quick(place.device)):
-                moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
+            moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
             for number, x in enumerate(steps if keep else ()):
                 self.carry.put(first + number * self.step, (x,))
-        if keep:
-            self.carry.turn()
 
     def blocks(
         self, *, full: bool, sequential: bool, finished: Finished | None = None, prepare: Prepare | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightsmith.quant.algorithms.lanes import LANES, any_lane, load, load_at, quotient, spread, store, store_at, where
-from weightsmith.quant.algorithms.rowwise import share_out
+from weightsmith.quant.algorithms.rowwise import fetch, share_out
 from weightsmith.quant.algorithms.tiles import ZERO, half
 from weightsmith.quant.kernels import inner, kernel
 
@@ -114,8 +114,7 @@ def _refit(slope, q, square, codes, table, scales, zeros, ends, new, out, first,
     )
     for lanes in range(first, last):
         at = min(lanes * LANES, slope.shape[1] - LANES)
-        for i in range(n):
-            store(here, i, load_at(slope, i, at))
+        fetch(slope, at, here)
         start = 0
         for block in range(ends.size):
             stop = ends[block]

@@ -75,7 +75,8 @@ def _round(x, step, inverse, zero, offset, table, edges, top):
 
 
 @inner
-def _fetch(values, at, tile):
+def fetch(values, at, tile):
+    """Sixteen rows from `at` on of columns values [n, rows] into a tile [n, 16]."""
     for i in range(tile.shape[0]):
         store(tile, i, load_at(values, i, at))
 
@@ -119,7 +120,7 @@ def _feed(w, own, square, steps, inverse, zeros, offsets, labels, table, edges, 
     moves = np.empty((SUB, LANES), np.float32)
     for lanes in range(first, last):
         at = min(lanes * LANES, w.shape[1] - LANES)
-        _fetch(w, at, tile)
+        fetch(w, at, tile)
         for start in range(0, n, SUB):
             stop = min(start + SUB, n)
             for i in range(start, stop):
@@ -143,7 +144,7 @@ def _descend(slope, old, square, steps, inverse, zeros, offsets, labels, table, 
     moves = np.empty((SUB, LANES), np.float32)
     for lanes in range(first, last):
         at = min(lanes * LANES, slope.shape[1] - LANES)
-        _fetch(slope, at, tile)
+        fetch(slope, at, tile)
         for start in range(0, n, SUB):
             stop = min(start + SUB, n)
             stirred = False

@@ -77,12 +77,16 @@ def fill(rows, first, importance, tiles, units):
 
 
 @inner
-def half(v):
-    """Lanes rounded to half precision; beyond it they are infinite."""
-    size = larger(v, ZERO - v)
+def _half_size(size):
     normal = eleven_bits(size)
     normal = where(normal > MOST_HALF, INFINITE, normal)
-    rounded = where(size < LEAST_NORMAL, (size + HALF) - HALF, normal)  # the last place of 0.5 is the smallest half
+    return where(size < LEAST_NORMAL, (size + HALF) - HALF, normal)  # the last place of 0.5 is the smallest half
+
+
+@inner
+def half(v):
+    """Lanes rounded to half precision; beyond it they are infinite."""
+    rounded = _half_size(larger(v, ZERO - v))
     return where(v < ZERO, ZERO - rounded, rounded)
 
 
@@ -94,13 +98,10 @@ def stored(v, units):
     """
     true = v * load(units, 0)
     size = larger(true, ZERO - true)
-    small = (size + HALF) - HALF  # the last place of 0.5 is the smallest half
-    small = where(small == ZERO, LEAST_HALF, small)
-    normal = eleven_bits(size)
-    normal = where(normal > MOST_HALF, INFINITE, normal)
-    half = where(size < LEAST_NORMAL, small, normal)
-    half = where(size == ZERO, ZERO, half)
-    return where(true < ZERO, ZERO - half, half) * load(units, 1)
+    rounded = _half_size(size)
+    rounded = where(rounded == ZERO, LEAST_HALF, rounded)
+    rounded = where(size == ZERO, ZERO, rounded)
+    return where(true < ZERO, ZERO - rounded, rounded) * load(units, 1)
 
 
 @inner

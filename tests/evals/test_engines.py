@@ -123,22 +123,28 @@ def test_a_trained_model_agrees_with_transformers(demo_f16: Reader) -> None:
     assert np.abs(pair.original - pair.candidate).max() < 1e-3
 
 
+@pytest.fixture(scope="module")
+def padded(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The trained model with rows of whole 256s, as K-quants want them."""
+    folder = dithered.write(demo_gguf, tmp_path_factory.mktemp("padded") / "model")
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
-def test_quantized_weights_have_llama_cpps_perplexity(kind: str, demo_gguf: Path, tmp_path: Path) -> None:
+def test_quantized_weights_have_llama_cpps_perplexity(kind: str, padded: Path, tmp_path: Path) -> None:
     """Ours of a quantized file against llama.cpp's of the same weights written out as F32, which leaves it no
     activations to round (`test_decoding` holds that they are the same to the bit)."""
     pytest.importorskip("llama_cpp")
-    source = dithered.write(demo_gguf, tmp_path / "padded")  # rows of whole 256s, as K-quants want them
     quantized, plain = tmp_path / "quantized.gguf", tmp_path / "plain.gguf"
-    assert run(["quantize", str(source), "--to", f"gguf:{kind}", "--effort", "fast", "-o", str(quantized), "-q"]) == 0
+    assert run(["quantize", str(padded), "--to", f"gguf:{kind}", "--effort", "fast", "-o", str(quantized), "-q"]) == 0
     assert run(["convert", str(quantized), "--to", "gguf:F32", "-o", str(plain), "-q"]) == 0
     ruler = Ruler(max_windows=3)
     with closing(gguf.open_reader(quantized)) as reader, closing(gguf.open_reader(plain)) as other:
         assert {"Q4_K_M": "Q4_K"}.get(kind, kind) in {info.codec for info in reader.infos().values()}
         ours = perplexity.measure(reader, default_text(), ruler)
         theirs = perplexity.measure(other, default_text(), Ruler(max_windows=3, engine="llama.cpp"))
-    shutil.rmtree(source)
     plain.unlink()
     assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-5)
 
