@@ -42,6 +42,7 @@ def main(source: str, out: str, method: str, bits: str, group: str, rows: str, s
     )
     _, folders = tuner.quantize_and_save(f"{out}.made", format="auto_gptq")
     os.rename(folders if isinstance(folders, str) else folders[0], out)
+    os.rmdir(f"{out}.made")
     times = {"load": loaded - begun, "quantize": time.perf_counter() - loaded}
     print("TIMES", json.dumps(times), flush=True)
 
