@@ -155,7 +155,8 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
         grid=Grid(bits, calibration.group_size, calibration.sym),
         method=Method(sweeps=_SWEEPS[effort]),
         checkpoint_format=form,
-        scaled=container == "awq" and effort != "fast",  # measured: error feedback is no better for it (docs/LOG.md)
+        scaled=container == "awq" and effort == "normal",  # measured: error feedback is no better for it (docs/LOG.md)
+        drift=effort == "best",
     )
 
 
@@ -170,6 +171,7 @@ def encoded(
         calibration=_options(calibration, pre),
         sweeps=_BLOCK_SWEEPS[effort],
         effort=effort,
+        drift=effort == "best",
     )
     return encode_layers(reader, out, calibration.read(reader, pre), options)
 

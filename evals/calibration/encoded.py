@@ -24,7 +24,7 @@ from torch import Tensor
 
 from weightsmith.errors import WeightsmithError
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, calibrate
+from weightsmith.evals.calibration.stream import Block, calibrate, wanted
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
 from weightsmith.evals.forward.weights import Later
@@ -43,17 +43,20 @@ _HEAD = "head.importance"
 @dataclass(frozen=True, slots=True)
 class EncodedOptions:
     """What to make and how. layouts: codec by canonical name of everything that is planned. damp: share of H's mean
-    diagonal. sweeps: of descent. effort: of the search for scales."""
+    diagonal. sweeps: of descent. effort: of the search for scales. drift: make up for what earlier layers lost
+    (`quant.algorithms.drift`)."""
 
     layouts: Mapping[str, str]
     calibration: Options = field(default_factory=Options)
     damp: float = 0.01
     sweeps: int = 4
     effort: str = "normal"
+    drift: bool = False
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
         kept = {"layouts": dict(self.layouts), "damp": self.damp, "sweeps": self.sweeps, "effort": self.effort}
+        kept["drift"] = self.drift
         return {**kept, "calibration": self.calibration.record()}
 
 
@@ -102,7 +105,10 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
 
         if resumed <= count:
             left, made = set(linears), Parts()
-            for block in calibrate(reader, tokens, options.calibration, finished=finished, head=measured):
+            passes = calibrate(
+                reader, tokens, options.calibration, drift=options.drift, finished=finished, head=measured
+            )
+            for block in passes:
                 made |= _encode_block(block, options)
                 left -= set(block.moments)
                 if not any(name.startswith(block.prefix) for name in left):
@@ -167,7 +173,7 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
     for name, moments in block.moments.items():
         codec = options.layouts[name]
         key = name.removeprefix(block.prefix)
-        w = block.weights[key].float()
+        w = wanted(block, name)
         try:
             if codec in codecs.OPEN:
                 if id(moments) not in made:

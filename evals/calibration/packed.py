@@ -27,7 +27,7 @@ from weightsmith.atomic import refuse_existing
 from weightsmith.errors import UsageError, WeightsmithError
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Finished, calibrate
+from weightsmith.evals.calibration.stream import Block, Finished, calibrate, wanted
 from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint
 from weightsmith.evals.forward import load, weights
 from weightsmith.evals.forward.weights import Later
@@ -51,7 +51,8 @@ FORMATS = ("gptq", "gptq_v2", "awq")
 @dataclass(frozen=True, slots=True)
 class PackedOptions:
     """What to make and how. checkpoint_format: one of FORMATS. scaled: move scales between linears and what feeds
-    them first (`quant.algorithms.awq`). codec: of all that is not packed ("F16", "BF16",
+    them first (`quant.algorithms.awq`). drift: make up for what earlier layers lost (`quant.algorithms.drift`), which
+    does not go with `scaled`. codec: of all that is not packed ("F16", "BF16",
     "F32"). split_bytes: most data bytes of a shard. Raises UsageError for what does not go together."""
 
     grid: Grid = field(default_factory=lambda: Grid(4, 128))
@@ -59,6 +60,7 @@ class PackedOptions:
     calibration: Options = field(default_factory=Options)
     checkpoint_format: str = "gptq"
     scaled: bool = False
+    drift: bool = False
     codec: str = "F16"
     split_bytes: int | None = None
 
@@ -68,6 +70,8 @@ class PackedOptions:
             raise UsageError(f"no such checkpoint format: {self.checkpoint_format!r}", hint=hint)
         if self.checkpoint_format == "awq" and (self.grid.bits != 4 or self.method.scatters):
             raise UsageError("AWQ has 4 bits and groups of neighbouring columns only")
+        if self.scaled and self.drift:
+            raise UsageError("scales cannot move where inputs are compared with the original's")
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -77,6 +81,7 @@ class PackedOptions:
             "calibration": self.calibration.record(),
             "checkpoint_format": self.checkpoint_format,
             "scaled": self.scaled,
+            "drift": self.drift,
         }
 
 
@@ -154,7 +159,8 @@ def _quantize(
 
     left = set(_linears(reader, layout))
     chosen = prepare if options.scaled else None
-    for block in calibrate(reader, tokens, options.calibration, finished=finished, prepare=chosen):
+    passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, prepare=chosen)
+    for block in passes:
         made |= _quantize_block(block, layout, options, losses)
         left -= set(losses)
         if not any(name.startswith(block.prefix) for name in left):
@@ -172,6 +178,7 @@ def _layout(options: PackedOptions, *, routers: bool) -> AnyLayout:
         "static_groups": method.static_groups,
         "sweeps": method.sweeps,
         "scaled": options.scaled,
+        "drift": options.drift,
         "calibration": options.calibration.record(),
     }
     grid = options.grid
@@ -212,20 +219,20 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
         groups.setdefault(id(moments), []).append(name)
     for names in groups.values():
         keys = [name.removeprefix(block.prefix) for name in names]
-        parts = [block.weights[key].float() for key in keys]
         moments = block.moments[names[0]]
+        w = wanted(block, *names)
         h, shrink = moments.h, shrinkage(moments.size, moments.tokens)
         try:
-            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method, shrink=shrink)
+            found = gptq.quantize(w, h, options.grid, options.method, shrink=shrink)
         except WeightsmithError as error:
             error.tensor = error.tensor or names[0]
             raise
         start = 0
-        for name, key, part in zip(names, keys, parts, strict=True):
-            stop = start + len(part)
+        for name, key in zip(names, keys, strict=True):
+            stop = start + block.weights.shape(key)[0]
             one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
             q = one.dequantize()
-            lost, whole = loss_of(part, q, h), loss_of(part, None, h)
+            lost, whole = loss_of(w[start:stop], q, h), loss_of(w[start:stop], None, h)
             losses[name] = lost / whole if whole else math.nan
             stem = key.removesuffix(".weight")
             fields = ("codes", "scales", "zeros", "g_idx")

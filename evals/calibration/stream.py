@@ -8,6 +8,10 @@ ones before it lost. What feeds the next group is carried from stage to stage (`
 evaluation. Only a mixture of experts, which is one stage, is evaluated again for each of its groups; `routed` says how,
 and `forward.moe` how its experts are loaded one by one.
 
+With `drift` the original's rows go along, a stage ahead: what feeds its linears is compared with what feeds ours, and a
+consumer can choose weights that make up for what is off (`quant.algorithms.drift`). Experts are left out: routing sends
+them other tokens than in the original.
+
 Scales that move between linears (`prepare`) are told before a group is quantized: from its own moments where a norm
 feeds it, and where one of its linears feeds the next group from moments of that, which a sample of the rows is sent
 ahead for, through the weights as they stand.
@@ -18,9 +22,9 @@ Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +41,7 @@ from weightsmith.evals.forward.stages import Stage
 from weightsmith.evals.forward.weights import Later, Layer
 from weightsmith.formats import archs
 from weightsmith.progress import progress
+from weightsmith.quant.algorithms.drift import Drift, made_up_for
 from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
@@ -56,20 +61,29 @@ class Block:
 
     index: the layer. prefix: what canonical names of its tensors begin with. moments: by canonical weight name.
     weights: all of the layer, by the rest of the name; replaced entries are what the rows then pass through (an
-    expert's is best replaced by a `Later`). Both mappings are emptied when the next layer begins.
+    expert's is best replaced by a `Later`). drifts: by canonical weight name, of those linears that it was measured
+    of. All mappings are emptied when the next layer begins.
     """
 
     index: int
     prefix: str
     weights: Layer
     moments: dict[str, Moments]
+    drifts: dict[str, Drift] = field(default_factory=dict)
+
+
+class _Beside(NamedTuple):
+    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to."""
+
+    into: Tensor
+    off: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
 class _Collector:
     """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
     experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. passed:
-    those that were seen but not measured."""
+    those that were seen but not measured. beside: where inputs are compared with the original's."""
 
     device: torch.device
     full: bool
@@ -78,6 +92,8 @@ class _Collector:
     room: int = 0
     passed: set[str] = field(default_factory=set)
     found: dict[str, Moments] = field(default_factory=dict)
+    drifts: dict[str, Drift] = field(default_factory=dict)
+    beside: _Beside | None = None
 
     def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
         if not self.wants(names, into.shape[-1]):
@@ -86,8 +102,16 @@ class _Collector:
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
         with products.precision():
             self.found[names[0]].add(into)
+            if self.beside is not None:
+                self._compare(names, into, self.beside)
         if self.one_group and routed.stage_of(names[0]) is None:
             raise EnoughError
+
+    def _compare(self, names: tuple[str, ...], into: Tensor, beside: _Beside) -> None:
+        if names[0] not in self.drifts:
+            width = 0 if beside.off is None else beside.off.shape[-1]
+            self.drifts |= dict.fromkeys(names, Drift(into.shape[-1], width, self.device))
+        self.drifts[names[0]].add(beside.into, into, beside.off)
 
     def wants(self, names: tuple[str, ...], size: int) -> bool:
         """Whether the input of linears is measured in this evaluation."""
@@ -107,12 +131,14 @@ class _Collector:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A pass under way. step: rows evaluated at once."""
+    """A pass under way. step: rows evaluated at once. original: what the rows carry in the original model, if they are
+    compared with it."""
 
     decoder: Decoder
     carry: Carry
     tables: Any
     step: int
+    original: Carry | None = None
 
     @torch.no_grad()
     def evaluate(
@@ -123,45 +149,65 @@ class _Run:
         tap: _Collector | None = None,
         keep: bool = True,
         every: int = 1,
+        carry: Carry | None = None,
     ) -> None:
         """Send all rows, or every so many steps of them, through stages; what comes out is carried on if `keep`."""
-        kind = self.decoder.kind
+        kind, carry = self.decoder.kind, carry or self.carry
         with products.precision(products.quick(self.decoder.place.device)):
             if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
-                self._by_expert(layer, stages[:-1], tap=tap, keep=keep)
+                self._by_expert(layer, stages[:-1], carry, tap=tap, keep=keep)
             else:
-                self._by_step(layer, stages, tap=tap, keep=keep, every=every)
+                self._by_step(layer, stages, carry, tap=tap, keep=keep, every=every)
         if keep:
-            self.carry.turn()
+            carry.turn()
 
     def _by_step(
-        self, layer: Layer, stages: Sequence[Stage], *, tap: _Collector | None, keep: bool, every: int
+        self, layer: Layer, stages: Sequence[Stage], carry: Carry, *, tap: _Collector | None, keep: bool, every: int
     ) -> None:
-        for start in range(0, self.carry.rows, self.step * every):
-            carried = before = self.carry.take(start, start + self.step, self.decoder.place)
+        for start in range(0, carry.rows, self.step * every):
+            carried = before = carry.take(start, start + self.step, self.decoder.place)
             with suppress(EnoughError):
                 for stage in stages:
                     carried = stage.run(layer, carried, self.tables, self.decoder.config, tap)
                 if keep:
-                    self.carry.put(start, carried, moved=carried[0] is not before[0])
+                    carry.put(start, carried, moved=carried[0] is not before[0])
             del carried, before
 
-    def _by_expert(self, layer: Layer, before: Sequence[Stage], *, tap: _Collector | None, keep: bool) -> None:
+    @torch.no_grad()
+    def compare(self, layer: Layer, unchanged: Layer, stage: Stage, original: Carry, tap: _Collector) -> None:
+        """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears."""
+        place, config = self.decoder.place, self.decoder.config
+        with products.precision(products.quick(place.device)):
+            for start in range(0, original.rows, self.step):
+                theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
+                fed: dict[tuple[str, ...], Tensor] = {}
+                done = stage.run(unchanged, theirs, self.tables, config, fed.__setitem__)
+                tap.beside = _Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
+                with suppress(EnoughError):
+                    stage.run(layer, ours, self.tables, config, tap)
+                original.put(start, done, moved=done[0] is not theirs[0])
+                del theirs, ours, done
+        tap.beside = None
+        original.turn()
+
+    def _by_expert(
+        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: _Collector | None, keep: bool
+    ) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
         place, config = self.decoder.place, self.decoder.config
-        row = 4 * self.carry.length * config.hidden_size
+        row = 4 * carry.length * config.hidden_size
         at_once = max(1, self.decoder.memory // 4 // row // self.step) * self.step  # states, and sums of the experts
-        for first in range(0, self.carry.rows, at_once):
+        for first in range(0, carry.rows, at_once):
             steps = []
-            for start in range(first, min(first + at_once, self.carry.rows), self.step):
-                carried = self.carry.take(start, min(start + self.step, first + at_once), place)
+            for start in range(first, min(first + at_once, carry.rows), self.step):
+                carried = carry.take(start, min(start + self.step, first + at_once), place)
                 for stage in before:
                     carried = stage.run(layer, carried, self.tables, config, tap)
                 steps.append(carried[0] if before else carried[0].clone())
                 del carried
             moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
             for number, x in enumerate(steps if keep else ()):
-                self.carry.put(first + number * self.step, (x,))
+                carry.put(first + number * self.step, (x,))
 
     def blocks(
         self, *, full: bool, sequential: bool, finished: Finished | None = None, prepare: Prepare | None = None
@@ -174,6 +220,8 @@ class _Run:
                 layer = next(layers)
                 ready = finished(index) if finished is not None else None
                 if ready is not None:
+                    if self.original is not None:
+                        self.evaluate(layer, stages, carry=self.original)
                     for name in ready:
                         layer[name] = ready[name]
                     self.evaluate(layer, stages)
@@ -191,11 +239,17 @@ class _Run:
         """A layer's groups, stage after stage."""
         matrices = {name.removesuffix(".weight") for name in layer if len(layer.shape(name)) == 2}
         stages, done = self.decoder.kind.STAGES, set[str]()
+        unchanged = layer.copy() if self.original is not None else None
         for at, stage in enumerate(stages):
+            if self.original is not None and unchanged is not None and not stage.linears:
+                self.evaluate(unchanged, [stage], carry=self.original)
             while (set(stage.linears) or matrices) - done:
                 tap = _Collector(self.decoder.place.device, full=True, one_group=True, done=done)
                 tap.room = self.decoder.memory
-                self.evaluate(layer, [stage], tap=tap, keep=False)
+                if self.original is not None and unchanged is not None and stage.linears:
+                    self.compare(layer, unchanged, stage, self.original, tap)
+                else:
+                    self.evaluate(layer, [stage], tap=tap, keep=False)
                 block = self._block(index, layer, tap, full=True)
                 if not block.moments:
                     break
@@ -205,6 +259,7 @@ class _Run:
                     prepare(block, self._ahead(block, stages[at : at + 2]))
                 yield block
                 block.moments.clear()
+                block.drifts.clear()
             self.evaluate(layer, [stage])
 
     def _block(self, index: int, layer: Layer, tap: _Collector, *, full: bool) -> Block:
@@ -217,7 +272,8 @@ class _Run:
         moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
         for name, found in moments.items():
             found.check(name)
-        return Block(index, prefix, layer, moments)
+        drifts = {f"{prefix}{name}.weight": found for name, found in tap.drifts.items()}
+        return Block(index, prefix, layer, moments, drifts)
 
     def _ahead(self, block: Block, stages: Sequence[Stage]) -> dict[str, Moments]:
         """Moments of the second stage's group on a sample of rows, if scales can move there from the first one's."""
@@ -242,16 +298,32 @@ class _Run:
 
 
 @contextmanager
-def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options) -> Iterator[_Run]:
+def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift: bool = False) -> Iterator[_Run]:
     decoder = load(reader, device=options.device, memory=options.memory)
     kind, config = decoder.kind, decoder.config
     shape = (*tokens.shape, config.hidden_size)
-    with threads(options.threads), closing(Carry(shape, memory=options.memory, spill=options.spill)) as carry:
+    count = 2 if drift else 1
+    with threads(options.threads), ExitStack() as stack:
+        carries = [
+            stack.enter_context(closing(Carry(shape, memory=options.memory // count, spill=options.spill)))
+            for _ in range(count)
+        ]
         at_once = decoder.windows_at_once(options.ctx)
         for start in range(0, len(tokens), at_once):
             ids = torch.from_numpy(tokens[start : start + at_once])
-            carry.put(start, (kind.entered(weights.gather(reader, kind.EMBEDDING, ids, decoder.place), config),))
-        yield _Run(decoder, carry, kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx))
+            entered = kind.entered(weights.gather(reader, kind.EMBEDDING, ids, decoder.place), config)
+            for carry in carries:
+                carry.put(start, (entered,))
+        tables, step = kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx)
+        yield _Run(decoder, carries[0], tables, step, carries[1] if drift else None)
+
+
+def wanted(block: Block, *names: str) -> Tensor:
+    """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to,
+    one below the other."""
+    w = torch.cat([block.weights[name.removeprefix(block.prefix)].float() for name in names])
+    drift = block.drifts.get(names[0])
+    return w if drift is None else made_up_for(w, block.moments[names[0]], drift)
 
 
 def calibrate(
@@ -260,6 +332,7 @@ def calibrate(
     options: Options | None = None,
     *,
     sequential: bool = True,
+    drift: bool = False,
     finished: Finished | None = None,
     prepare: Prepare | None = None,
     head: Head | None = None,
@@ -267,16 +340,19 @@ def calibrate(
     """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
 
     text: or the rows that `draw` made of one.
-    sequential: see above; else one block per layer, measured behind the original weights. finished(index): weights of
+    sequential: see above; else one block per layer, measured behind the original weights. drift: measure it, in a
+    sequential pass that prepares nothing. finished(index): weights of
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
     prepare(block, ahead): called before a group of a sequential pass is given out, with moments of the next group on a
     sample of rows where one of these linears alone feeds it, to replace weights by others that compute the same.
     head(name, moments): called at the end, with the diagonal of the output matrix's inputs.
     Raises what `draw` and `forward.load` raise, IntegrityError (inputs that are not finite), ResourceError (disk).
     """
+    if drift and (prepare is not None or not sequential):
+        raise ValueError("drift is measured in a sequential pass, of weights that nothing has prepared")
     options = options or Options()
     tokens = draw(reader, text, options) if isinstance(text, str) else text
-    with _begun(reader, tokens, options) as run:
+    with _begun(reader, tokens, options, drift=drift) as run:
         yield from run.blocks(full=True, sequential=sequential, finished=finished, prepare=prepare)
         if head is not None:
             head(*run.head())

@@ -156,9 +156,9 @@ def _closed(weights: Weights, carried: Carried, positions: Tables, config: Model
 
 STAGES = (
     Stage(mixed, QKV),
-    Stage(joined, ("self_attn.o_proj",)),
+    Stage(joined, ("self_attn.o_proj",), adds=True),
     Stage(_opened, ("mlp.gate_proj", "mlp.up_proj")),
-    Stage(_closed, ("mlp.down_proj",)),
+    Stage(_closed, ("mlp.down_proj",), adds=True),
 )
 
 

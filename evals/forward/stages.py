@@ -24,10 +24,12 @@ Carried = tuple[Tensor, ...]
 
 class Stage(NamedTuple):
     """run(weights, carried, tables, config, tap): what is carried on. linears: its own, all fed by one tensor; none
-    are named where there are several groups of them, which only the last stage of a block may have."""
+    are named where there are several groups of them, which only the last stage of a block may have. adds: what its one
+    linear puts out is added to the residual stream as it is."""
 
     run: Callable[[Weights, Carried, Any, ModelConfig, Tap | None], Carried]
     linears: tuple[str, ...] = ()
+    adds: bool = False
 
 
 def through(

@@ -145,6 +145,10 @@ class Layer(MutableMapping[str, Tensor]):
         """Of a weight, without loading it."""
         return tuple(self._kept[name].shape) if name in self._kept else self._later[name].shape
 
+    def copy(self) -> Layer:
+        """Another of the same weights, whose replacements are its own."""
+        return Layer(self._place, dict(self._kept), dict(self._later))
+
     def clear(self) -> None:
         """Drop everything."""
         self._kept.clear()

@@ -92,11 +92,18 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_what_earlier_layers_lost_is_made_up_for(source: Path, tmp_path: Path) -> None:
+    """Only the first group, before which nothing is lost, is encoded as without it."""
+    plain, made = (encode(source, tmp_path / f"out-{drift}", drift=drift) for drift in (False, True))
+    same = {name for name in plain if plain[name] == made[name]}
+    assert same == {f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"}
+
+
+@pytest.mark.parametrize(("layer", "drift"), [(0, False), (1, False), (2, False), (1, True)])
 def test_a_stopped_run_goes_on_and_gives_the_same_rows(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, drift: bool
 ) -> None:
-    whole = encode(source, tmp_path / "whole")
+    whole = encode(source, tmp_path / "whole", drift=drift)
     store = Work.store
 
     def stored(self: Any, index: int, parts: Any) -> None:
@@ -106,19 +113,19 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(
 
     monkeypatch.setattr(Work, "store", stored)
     with pytest.raises(_KilledError):
-        encode(source, tmp_path / "out")
+        encode(source, tmp_path / "out", drift=drift)
     monkeypatch.undo()
     assert sorted(file.name for file in (tmp_path / "out.layers").iterdir()) == [
         "job.json",
         *(f"layer-0000{index}.safetensors" for index in range(layer)),
     ]
-    assert encode(source, tmp_path / "out") == whole
+    assert encode(source, tmp_path / "out", drift=drift) == whole
 
     def never(*_: Any, **__: Any) -> Any:
         raise _KilledError
 
     monkeypatch.setattr(encoded, "calibrate", never)  # a finished folder is only read
-    assert encode(source, tmp_path / "out") == whole
+    assert encode(source, tmp_path / "out", drift=drift) == whole
     with pytest.raises(_KilledError):  # and not for other work
         encode(source, tmp_path / "out", damp=0.02)
 

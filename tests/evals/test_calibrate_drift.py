@@ -1,0 +1,133 @@
+"""The original's rows beside ours: against two models in transformers whose linears tell what they were fed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evals import letters
+from tests.evals.memory_reader import MemoryReader, tiny
+from tests.evals.test_calibrate import ALL, TEXT, inputs_by_hooks, model
+from tests.evals.test_calibrate_experts import MIXTRAL
+from weightsmith.evals.calibration import calibrate, products
+from weightsmith.evals.calibration.rows import draw
+
+CLOSING = ("o_proj.weight", "down_proj.weight")
+
+
+@pytest.fixture(autouse=True)
+def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    letters.install(monkeypatch)
+    monkeypatch.setattr(products, "quick", lambda _device: "highest")
+
+
+def changed_like(reader: MemoryReader, *, seed: int = 5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: value + rng.standard_normal(value.shape).astype(np.float32) * np.float32(0.05 * ("_proj" in name))
+        for name, value in reader.tensors.items()
+    }
+
+
+def drifts(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:
+    """What is measured while every linear is replaced in turn: copies by canonical name."""
+    found = {}
+    for block in calibrate(reader, TEXT, options.pop("options", ALL), drift=True, **options):
+        for name in block.moments:
+            if name in block.drifts:
+                drift = block.drifts[name]
+                found[name] = (drift.inputs.clone(), drift.stream.clone(), drift.tokens)
+            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
+    return found
+
+
+def stream_behind(reader: MemoryReader, tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
+    """The residual stream that linear `name` adds to, [tokens, hidden], told from what the next norm is fed."""
+    from tests.evals.oracle import oracle
+
+    net = oracle(reader.config, tensors)
+    index = int(name.split(".")[2])
+    seen: list[torch.Tensor] = []
+    block = net.model.layers[index]
+    norm = block.input_layernorm if "o_proj" in name else block.post_attention_layernorm
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        net(torch.from_numpy(draw(reader, TEXT, ALL)))
+    return seen[0]
+
+
+def test_it_is_that_of_two_models() -> None:
+    reader = model()
+    changed = changed_like(reader)
+    rows = draw(reader, TEXT, ALL)
+    before, after = inputs_by_hooks(reader, rows), inputs_by_hooks(MemoryReader(reader.config, changed), rows)
+    found = drifts(reader, changed)
+    assert set(found) == {name for name in before if "_proj" in name}
+    for name, (inputs, stream, tokens) in found.items():
+        x, ours = before[name], after[name]
+        assert tokens == len(x)
+        torch.testing.assert_close(inputs.double(), (x - ours).T @ ours, rtol=1e-3, atol=2e-2)
+        if name.endswith(CLOSING):
+            off = stream_behind(reader, reader.tensors, name) - stream_behind(reader, changed, name)
+            torch.testing.assert_close(stream.double(), off.T @ ours, rtol=1e-3, atol=2e-2)
+        else:
+            assert stream.shape[0] == 0
+    assert found["model.layers.1.mlp.down_proj.weight"][0].abs().max() > 1  # or the test would show nothing
+    assert not found["model.layers.0.self_attn.q_proj.weight"][0].any()  # nothing lies before it
+
+
+def test_finished_layers_leave_the_original_where_it_was() -> None:
+    reader = model()
+    changed = changed_like(reader)
+    whole = drifts(reader, changed)
+    ready = {
+        name.removeprefix("model.layers.0."): torch.from_numpy(value)
+        for name, value in changed.items()
+        if name.startswith("model.layers.0.")
+    }
+    resumed = drifts(reader, changed, finished=lambda index: ready if index == 0 else None)
+    assert resumed
+    assert set(resumed) == {name for name in whole if ".layers.1." in name}
+    for name, (inputs, stream, _) in resumed.items():
+        torch.testing.assert_close(inputs, whole[name][0])
+        torch.testing.assert_close(stream, whole[name][1])
+
+
+def test_spilled_states_change_nothing(tmp_path: Path) -> None:
+    reader = model()
+    changed = changed_like(reader)
+    plain = drifts(reader, changed)
+    spilled = drifts(reader, changed, options=replace(ALL, memory=1, spill=tmp_path))
+    for name, (inputs, stream, tokens) in plain.items():
+        torch.testing.assert_close(spilled[name][0], inputs, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(spilled[name][1], stream, rtol=1e-4, atol=1e-3)
+        assert spilled[name][2] == tokens
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_are_left_out() -> None:
+    """Attention is compared with the original's, behind the original's own experts."""
+    reader = tiny(MIXTRAL, tokenizer=letters.vocab())
+    changed = changed_like(reader)
+    for name in changed:
+        if ".experts." in name:
+            changed[name] = reader.tensors[name] * np.float32(1.2)
+    rows = draw(reader, TEXT, ALL)
+    before, after = inputs_by_hooks(reader, rows), inputs_by_hooks(MemoryReader(reader.config, changed), rows)
+    found = drifts(reader, changed)
+    assert set(found) == {name for name in reader.tensors if "_proj" in name}
+    name = "model.layers.1.self_attn.q_proj.weight"
+    x, ours = before[name], after[name]
+    torch.testing.assert_close(found[name][0].double(), (x - ours).T @ ours, rtol=2e-3, atol=5e-2)
+
+
+def test_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="sequential"):
+        next(calibrate(model(), TEXT, ALL, drift=True, sequential=False))
+    with pytest.raises(ValueError, match="prepared"):
+        next(calibrate(model(), TEXT, ALL, drift=True, prepare=lambda _block, _ahead: None))

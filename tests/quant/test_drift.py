@@ -1,0 +1,87 @@
+"""Weights that make up for drifted inputs, against least squares over the tokens themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from weightsmith.errors import IntegrityError
+from weightsmith.quant.algorithms.drift import DAMP, Drift, made_up_for
+from weightsmith.quant.algorithms.moments import shrinkage
+from weightsmith.quant.calibration import Moments
+
+OUT, IN, TOKENS = 6, 10, 400
+
+
+def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w [OUT, IN]; what the original and ours feed it [TOKENS, IN]; how far the stream is off [TOKENS, OUT]."""
+    rng = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(IN, IN, generator=rng)
+    original = torch.randn(TOKENS, IN, generator=rng) @ mixed
+    lost = torch.eye(IN) * 0.9 + 0.05 * torch.randn(IN, IN, generator=rng)  # a drift that weights can undo, and noise
+    ours = original @ lost + 0.1 * torch.randn(TOKENS, IN, generator=rng)
+    off = original @ (0.1 * torch.randn(IN, OUT, generator=rng)) + 0.1 * torch.randn(TOKENS, OUT, generator=rng)
+    return torch.randn(OUT, IN, generator=rng), original, ours, off
+
+
+def measured(
+    original: torch.Tensor, ours: torch.Tensor, off: torch.Tensor | None, *, parts: int = 3
+) -> tuple[Moments, Drift]:
+    moments, drift = Moments(IN), Drift(IN, 0 if off is None else OUT)
+    for chosen in torch.arange(TOKENS).chunk(parts):
+        moments.add(ours[chosen])
+        drift.add(original[chosen], ours[chosen][None], None if off is None else off[chosen])
+    return moments, drift
+
+
+@pytest.mark.parametrize("with_stream", [False, True])
+def test_it_is_ridge_regression(with_stream: bool) -> None:
+    """Shrinking and damping H are rows of data that ask for W itself, so ordinary least squares is the oracle."""
+    w, original, ours, off = drawn()
+    moments, drift = measured(original, ours, off if with_stream else None)
+    found = made_up_for(w, moments, drift).double()
+
+    x, wanted = ours.double(), original.double() @ w.double().T
+    if with_stream:
+        wanted = wanted + off.double()
+    h, share = x.T @ x, shrinkage(IN, TOKENS)
+    # The quadratic form of the change: what is measured, less the share of it off the diagonal, and the damping.
+    form = (1 - share) * h + share * torch.diag(h.diagonal()) + DAMP * h.diagonal().mean() * torch.eye(IN).double()
+    change = np.linalg.solve(form.numpy(), (x.T @ (wanted - x @ w.double().T)).numpy()).T
+    torch.testing.assert_close(found, w.double() + torch.from_numpy(change), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_put_out_comes_nearer() -> None:
+    w, original, ours, off = drawn()
+    moments, drift = measured(original, ours, off)
+    wanted = original @ w.T + off
+
+    def lost(v: torch.Tensor) -> float:
+        return float((wanted - ours @ v.T).square().sum())
+
+    assert lost(made_up_for(w, moments, drift)) < 0.5 * lost(w)
+
+
+def test_nothing_drifted() -> None:
+    w, _, ours, _ = drawn()
+    moments, drift = measured(ours, ours, torch.zeros(TOKENS, OUT))
+    assert torch.equal(made_up_for(w, moments, drift), w)
+    assert torch.equal(made_up_for(w.half(), moments, drift), w.half().float())
+
+
+def test_tokens_may_come_in_any_parts() -> None:
+    w, original, ours, off = drawn()
+    one, other = (made_up_for(w, *measured(original, ours, off, parts=parts)) for parts in (1, 7))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_belong_together() -> None:
+    w, original, ours, off = drawn()
+    moments, drift = measured(original, ours, off)
+    with pytest.raises(ValueError, match="10 inputs and 6 outputs"):
+        made_up_for(w[:4], moments, drift)
+    with pytest.raises(ValueError, match="matrix"):
+        made_up_for(w[:, :8], moments, drift)
+    with pytest.raises(IntegrityError, match="zero or not finite"):
+        made_up_for(w, Moments(IN), drift)
