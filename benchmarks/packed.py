@@ -7,8 +7,9 @@
 The original is `benchmarks.dithered`, plain. All calibrate on the same rows, token for token, run in turn as processes
 of their own, and are judged by the same decoder on the same tokens. GPTQ is symmetric, AWQ has zero points, groups are
 of 64. Bytes are those of the packed linears: what is left alone, everyone writes as it likes. "rounding" is the nearest
-code on a grid that spans each group. weightsmith-EFFORT is ours with another effort than normal. AutoRound-N tunes each block for N steps and takes part in cells of gptq only.
-Both kinds of seconds are given: on a machine that does other work, those of all cores are the ones to compare.
+code on a grid that spans each group. weightsmith-EFFORT is ours with another effort than normal. AutoRound-N tunes each
+block for N steps and takes part in cells of gptq only. Both kinds of seconds are given: on a machine that does other
+work, those of all cores are the ones to compare.
 
 Checkpoints and results stay in --work, so a run that was stopped goes on, and more windows only judge again.
 """
