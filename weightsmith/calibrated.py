@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from weightsmith.evals.calibration.encoded import Encoded
+    from weightsmith.evals.calibration.encoded import Encoded, EncodedOptions
     from weightsmith.evals.calibration.packed import PackedOptions
     from weightsmith.texts import Text
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Containers that are made by calibration, and their types (bits).
 PACKED = {"gptq": ("2", "3", "4", "8"), "awq": ("4",)}
 _SWEEPS = {"fast": 0, "normal": 2, "best": 4}
-_BLOCK_SWEEPS = {"normal": 4, "best": 12}
+_BLOCK_SWEEPS = {"normal": 4, "best": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +160,45 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
     )
 
 
-def encoded(
-    reader: Reader, out: Path, plan: Plan, calibration: Calibration, *, effort: str, pre: str | None = None
-) -> Encoded:
-    """Encode the layers' linears as planned, with error feedback; finished layers survive a stop."""
-    from weightsmith.evals.calibration.encoded import EncodedOptions, encode_layers  # noqa: PLC0415  (loads torch)
+def costs(reader: Reader, container: str, bits: int, plan: Plan | None, calibration: Calibration) -> dict[str, float]:
+    """Seconds that calibrating would take here, by effort, from one layer that is measured for each.
 
-    options = EncodedOptions(
+    plan: of block layouts; None for GPTQ and AWQ. Raises what `packed` and `encoded` raise.
+    """
+    from weightsmith.evals.calibration import cost, encoded, packed  # noqa: PLC0415  (loads torch)
+
+    options = _options(calibration, None)
+
+    def measured(effort: str) -> cost.Cost:
+        if plan is None:
+            made = replace(_packed_options(container, bits, calibration, effort), calibration=options)
+            return packed.cost(reader, made)
+        if effort == "fast":
+            return cost.measure(reader, options, lambda _block: None, full=False, sequential=False)
+        return encoded.cost(reader, _encoded_options(plan, calibration, effort, None))
+
+    return {effort: measured(effort).seconds(calibration.rows) for effort in _SWEEPS}
+
+
+def _encoded_options(plan: Plan, calibration: Calibration, effort: str, pre: str | None) -> EncodedOptions:
+    from weightsmith.evals.calibration.encoded import EncodedOptions  # noqa: PLC0415  (loads torch)
+
+    return EncodedOptions(
         layouts={info.name: info.codec for info in plan.tensors},
         calibration=_options(calibration, pre),
         sweeps=_BLOCK_SWEEPS[effort],
         effort=effort,
         drift=effort == "best",
     )
+
+
+def encoded(
+    reader: Reader, out: Path, plan: Plan, calibration: Calibration, *, effort: str, pre: str | None = None
+) -> Encoded:
+    """Encode the layers' linears as planned, with error feedback; finished layers survive a stop."""
+    from weightsmith.evals.calibration.encoded import encode_layers  # noqa: PLC0415  (loads torch)
+
+    options = _encoded_options(plan, calibration, effort, pre)
     return encode_layers(reader, out, calibration.read(reader, pre), options)
 
 

@@ -29,11 +29,11 @@ from weightsmith.types import BlockSource, Plan, Reader, Writer
 if TYPE_CHECKING:
     from weightsmith.evals.calibration.encoded import Encoded
 
-__all__ = ["Options", "Report", "Target", "convert", "parse_override", "plan"]
+__all__ = ["Options", "Report", "Target", "convert", "costs", "parse_override", "plan"]
 
 
 def plan(source: Path, target: Target, options: Options) -> Report:
-    """Say what `convert` would make: exact sizes, every type; reads headers only."""
+    """Say what `convert` would make: exact sizes, every type. Reads headers only."""
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         if target.container in PACKED:
@@ -42,6 +42,25 @@ def plan(source: Path, target: Target, options: Options) -> Report:
             return Report(source, str(target), tensors, [], weights=sum(i.n_weights for i in reader.infos().values()))
         planned = _planned(reader, target, options)
         return Report(source, str(target), planned.tensors, planned.fallbacks, stored=planned.stored)
+    finally:
+        reader.close()
+
+
+def costs(source: Path, target: Target, options: Options) -> dict[str, float]:
+    """Seconds that calibrating would take on this machine, by effort, projected from one layer; {} without a text.
+
+    Computes for as long as some layers take. Raises what `convert` raises.
+    """
+    if options.calibration is None or options.calibration.text is None or target.type is None:
+        return {}
+    reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
+    try:
+        if target.container in PACKED:
+            return calibrated.costs(reader, target.container, int(target.type), None, options.calibration)
+        planned = _planned(reader, target, options)
+        if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
+            return {}
+        return calibrated.costs(reader, target.container, 0, planned, options.calibration)
     finally:
         reader.close()
 

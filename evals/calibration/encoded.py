@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.evals.calibration.cost import Cost, measure
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, calibrate, wanted
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
@@ -118,6 +119,15 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
     except BaseException:
         work.close()
         raise
+
+
+def cost(reader: Reader, options: EncodedOptions) -> Cost:
+    """What `encode_layers` takes here, apart from reading the text; raises what it raises."""
+
+    def make(block: Block) -> None:
+        _encode_block(block, options)
+
+    return measure(reader, options.calibration, make, drift=options.drift)
 
 
 def _opened(reader: Reader, work: Work, linears: Mapping[str, int]) -> Encoded:

@@ -25,9 +25,10 @@ from torch import Tensor
 from weightsmith._version import __version__
 from weightsmith.atomic import refuse_existing
 from weightsmith.errors import UsageError, WeightsmithError
+from weightsmith.evals.calibration.cost import Cost, measure
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Finished, calibrate, wanted
+from weightsmith.evals.calibration.stream import Block, Finished, Prepare, calibrate, wanted
 from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint
 from weightsmith.evals.forward import load, weights
 from weightsmith.evals.forward.weights import Later
@@ -139,14 +140,39 @@ def plan_packed(reader: Reader, options: PackedOptions) -> list[TensorInfo]:
     return list(packed_writer.planned(reader.config, packing).values())
 
 
+def cost(reader: Reader, options: PackedOptions) -> Cost:
+    """What `quantize_packed` takes here, apart from reading the text and writing; raises what it raises."""
+    layout = _layout(options, routers=reader.config.n_experts > 0)
+    _linears(reader, layout)
+
+    def make(block: Block) -> None:
+        _quantize_block(block, layout, options, {})
+
+    return measure(reader, options.calibration, make, drift=options.drift, prepare=_folding(reader, options, {}))
+
+
 def _quantize(
     reader: Reader, tokens: NDArray[np.int64], options: PackedOptions, work: Work, layout: AnyLayout, finished: Finished
 ) -> dict[str, float]:
     """Quantize what is not finished, layer after layer into `work`; losses by canonical name."""
-    feeds = load(reader).kind.FEEDS
-    sharing = (reader.config.n_kv_heads, reader.config.n_heads // reader.config.n_kv_heads)
     made: Parts = {}
     losses: dict[str, float] = {}
+    left = set(_linears(reader, layout))
+    prepare = _folding(reader, options, made)
+    passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, prepare=prepare)
+    for block in passes:
+        made |= _quantize_block(block, layout, options, losses)
+        left -= set(losses)
+        if not any(name.startswith(block.prefix) for name in left):
+            work.store(block.index, made)
+            made.clear()
+    return losses
+
+
+def _folding(reader: Reader, options: PackedOptions, made: Parts) -> Prepare | None:
+    """What moves scales before a group is quantized, if they are to move; changed vectors are put into `made`."""
+    feeds = load(reader).kind.FEEDS
+    sharing = (reader.config.n_kv_heads, reader.config.n_heads // reader.config.n_kv_heads)
 
     def prepare(block: Block, ahead: Mapping[str, Moments]) -> None:
         for source, targets in feeds:
@@ -157,16 +183,7 @@ def _quantize(
                     if key in block.weights and block.weights[key].ndim == 1:
                         made[key] = block.weights[key].float().cpu().numpy()
 
-    left = set(_linears(reader, layout))
-    chosen = prepare if options.scaled else None
-    passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, prepare=chosen)
-    for block in passes:
-        made |= _quantize_block(block, layout, options, losses)
-        left -= set(losses)
-        if not any(name.startswith(block.prefix) for name in left):
-            work.store(block.index, made)
-            made.clear()
-    return losses
+    return prepare if options.scaled else None
 
 
 def _layout(options: PackedOptions, *, routers: bool) -> AnyLayout:

@@ -21,7 +21,7 @@ Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -326,20 +326,22 @@ def wanted(block: Block, *names: str) -> Tensor:
     return w if drift is None else made_up_for(w, block.moments[names[0]], drift)
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     reader: Reader,
     text: str | NDArray[np.int64],
     options: Options | None = None,
     *,
+    full: bool = True,
     sequential: bool = True,
     drift: bool = False,
     finished: Finished | None = None,
     prepare: Prepare | None = None,
     head: Head | None = None,
-) -> Iterator[Block]:
+) -> Generator[Block]:
     """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
 
     text: or the rows that `draw` made of one.
+    full: measure H, else only its diagonal, in a pass that is not sequential.
     sequential: see above; else one block per layer, measured behind the original weights. drift: measure it, in a
     sequential pass that prepares nothing. finished(index): weights of
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
@@ -353,7 +355,7 @@ def calibrate(
     options = options or Options()
     tokens = draw(reader, text, options) if isinstance(text, str) else text
     with _begun(reader, tokens, options, drift=drift) as run:
-        yield from run.blocks(full=True, sequential=sequential, finished=finished, prepare=prepare)
+        yield from run.blocks(full=full, sequential=sequential, finished=finished, prepare=prepare)
         if head is not None:
             head(*run.head())
 

@@ -149,8 +149,38 @@ def test_a_dry_run_knows_the_exact_size(
     common = ["quantize", str(wide), "--to", target, "--group-size", "64"]
     planned = result(capsys, *common, "--dry-run")
     assert planned["dry_run"]
+    assert "calibration_seconds" not in planned
     made = result(capsys, *common, "-o", str(tmp_path / "out"), *rows(text), "--effort", "fast")
     for key in ("tensor_bytes", "bpw", "types"):
         assert planned[key] == made[key]
     refused = result(capsys, "quantize", str(wide), "--to", "awq", "--group-size", "48", "--dry-run", code=1)
     assert "multiple" in refused["error"]["message"]
+
+
+@pytest.mark.parametrize("target", ["gptq:4", "gguf:Q4_K_M"])
+def test_a_dry_run_says_what_every_effort_takes(
+    target: str, wide: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["quantize", str(wide), "--to", target, "-o", str(tmp_path / "out"), *rows(text), "--dry-run"]
+    seconds = result(capsys, *common)["calibration_seconds"]
+    assert set(seconds) == {"fast", "normal", "best"}
+    assert min(seconds.values()) > 0
+    assert run([*common, "-q"]) == 0
+    told = capsys.readouterr().out
+    assert "Calibrating would take" in told
+    assert "best" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["gptq:3", "awq", "gguf:Q3_K_M"])
+def test_best_effort_comes_nearer_on_its_own_text(
+    target: str, wide: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = []
+    for effort in ("normal", "best"):
+        out = tmp_path / (f"{effort}.gguf" if target.startswith("gguf") else effort)
+        common = ["quantize", str(wide), "--to", target, "-o", str(out), *rows(text), "--effort", effort]
+        result(capsys, *common, *([] if target.startswith("gguf") else ["--group-size", "64"]))
+        judged = result(capsys, "verify", str(out), "--against", str(wide), "--text", str(text), "--ctx", "64")
+        lost.append(judged["kld_mean"])
+    assert lost[1] < lost[0]

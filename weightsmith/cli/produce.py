@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def produce(
     located = locate(source, catalog)
     if dry_run:
         planned = jobs.plan(located.path, target, options)
-        emit(_result(planned) | {"dry_run": True}, _text(planned, "would make"), as_json=as_json)
+        costs = jobs.costs(located.path, target, options)
+        found = _result(planned) | {"dry_run": True} | ({"calibration_seconds": costs} if costs else {})
+        emit(found, _text(planned, "would make") + _costs(costs), as_json=as_json)
         return
     if output is not None:
         report = jobs.convert(located.path, target, output, options)
@@ -93,6 +96,14 @@ def _text(report: jobs.Report, title: str) -> str:
         parts.append("Rows that are no multiple of the block got another type (--strict makes this an error):")
         parts.append(table(_grouped(report.fallbacks), ["tensors", "count", "wanted", "got"]))
     return "\n\n".join(parts)
+
+
+def _costs(costs: Mapping[str, float]) -> str:
+    """How long calibrating would take."""
+    if not costs:
+        return ""
+    rows = [(effort, str(timedelta(seconds=round(seconds)))) for effort, seconds in costs.items()]
+    return "\n\nCalibrating would take, by one layer measured on this machine:\n\n" + table(rows, ["effort", "time"])
 
 
 def _tensors(report: jobs.Report) -> str:

@@ -50,14 +50,17 @@ from weightsmith.cli.options import (
     type=click.Choice(["fast", "normal", "best"]),
     default="normal",
     show_default=True,
-    help="How hard to search for scales; fast calibrates GGUF types by importances alone.",
+    help="How hard to search for scales; with a text to calibrate on, best also makes up for what earlier layers lost, "
+    "and fast calibrates GGUF types by importances alone.",
 )
 @click.option("--strict", is_flag=True, help="Fail where a tensor's rows do not fit the type.")
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
 @click.option("--pre", help="Name of the pre-tokenizer, where it is not recognised.")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
 @click.option("--max-memory", type=Size(), help="Most memory for tensors under way, for instance 512MB.")
-@click.option("--dry-run", is_flag=True, help="Print the exact size and every type, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the exact size, every type and what calibrating takes, write nothing."
+)
 @pickle_option
 @common
 def command(

@@ -1,0 +1,98 @@
+"""What a calibration will take on this machine: one layer measured with one step of rows, the others projected.
+
+With p the seconds that a step of rows takes through a layer and q those that quantizing the layer takes, all of it is
+
+    layers * (q + p * rows / rows of a step)
+
+and a little more: the text is not read, nor the checkpoint written. The second layer is the one that is measured, where
+there are two, because the first one waits for its weights and for kernels to be loaded. Tokens are drawn at random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from weightsmith.evals.calibration.rows import Options
+from weightsmith.evals.calibration.stream import Block, Prepare, calibrate
+from weightsmith.evals.forward import load
+from weightsmith.quant.calibration import Moments
+from weightsmith.types import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """step: seconds that one step of `rows` rows takes through a layer. layer: seconds that quantizing a layer takes,
+    however many rows there are."""
+
+    step: float
+    layer: float
+    rows: int
+    layers: int
+
+    def seconds(self, rows: int) -> float:
+        """Projected to all layers and so many rows."""
+        return self.layers * (self.layer + self.step * rows / self.rows)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Seconds spent inside `running`."""
+
+    seconds: float = field(default=0.0, init=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begun
+
+
+def measure(
+    reader: Reader,
+    options: Options,
+    make: Callable[[Block], object],
+    *,
+    full: bool = True,
+    sequential: bool = True,
+    drift: bool = False,
+    prepare: Prepare | None = None,
+) -> Cost:
+    """Calibrate until one layer has been seen from beginning to end, and let `make` quantize its blocks.
+
+    The other arguments are those of `calibrate`, whose errors are raised.
+    """
+    layers = reader.config.n_layers
+    rows = load(reader, device=options.device, memory=options.memory).step(options.ctx)
+    tokens = np.random.default_rng(0).integers(reader.config.vocab_size, size=(rows, options.ctx))
+    watch, begun = _Watch(), 0.0
+
+    def prepared(block: Block, ahead: Mapping[str, Moments]) -> None:
+        if prepare is not None:
+            with watch.running():
+                prepare(block, ahead)
+
+    chosen = min(1, layers - 1)
+    passes = calibrate(
+        reader,
+        tokens,
+        options,
+        full=full,
+        sequential=sequential,
+        drift=drift,
+        prepare=prepared if prepare is not None else None,
+    )
+    with closing(passes):
+        for block in passes:
+            if block.index > chosen:
+                break
+            if block.index == chosen and not begun:
+                begun, watch.seconds = time.perf_counter(), 0.0
+            with watch.running():
+                make(block)
+        whole = time.perf_counter() - begun
+    return Cost(max(0.0, whole - watch.seconds), watch.seconds, rows, layers)
