@@ -6,14 +6,18 @@
 | generate | text that the model writes itself |
 | carry, states | what rows carry between two stages of a layer, in memory or in a file |
 | routed | experts, of which each sees only some tokens |
-| stream | the pass itself: `calibrate` for quantizers, `imatrix` for importances |
+| collector | the tap: what is measured of a layer while rows pass |
+| stream | the pass itself: `calibrate`, for quantizers |
+| importances | the pass for an `imatrix` |
+| cost | how long a pass will take, from one layer |
 | fold | scales moved between linears and what feeds them |
-| packed, work | a whole checkpoint quantized on the way, resumable: `quantize_packed` |
+| packed, encoded, work | a whole checkpoint quantized on the way, resumable: `quantize_packed`, `encode_layers` |
 """
 
 from __future__ import annotations
 
+from weightsmith.evals.calibration.importances import imatrix
 from weightsmith.evals.calibration.rows import Options
-from weightsmith.evals.calibration.stream import Block, calibrate, imatrix
+from weightsmith.evals.calibration.stream import Block, calibrate
 
 __all__ = ["Block", "Options", "calibrate", "imatrix"]

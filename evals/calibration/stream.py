@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +33,17 @@ from torch import Tensor
 
 from weightsmith.evals.calibration import products, routed
 from weightsmith.evals.calibration.carry import Carry
+from weightsmith.evals.calibration.collector import Beside, Collector
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
 from weightsmith.evals.forward import Decoder, load, moe, weights
 from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.evals.forward.stages import Stage
 from weightsmith.evals.forward.weights import Later, Layer
-from weightsmith.formats import archs
 from weightsmith.progress import progress
 from weightsmith.quant.algorithms.drift import Drift, made_up_for
 from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
-
-if TYPE_CHECKING:
-    from weightsmith.formats.imatrix import Imatrix
 
 Finished = Callable[[int], Mapping[str, Tensor | Later] | None]
 Prepare = Callable[["Block", Mapping[str, Moments]], None]
@@ -72,65 +69,8 @@ class Block:
     drifts: dict[str, Drift] = field(default_factory=dict)
 
 
-class _Beside(NamedTuple):
-    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to."""
-
-    into: Tensor
-    off: Tensor | None
-
-
 @dataclass(slots=True, eq=False)
-class _Collector:
-    """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
-    experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. passed:
-    those that were seen but not measured. beside: where inputs are compared with the original's."""
-
-    device: torch.device
-    full: bool
-    one_group: bool
-    done: set[str] = field(default_factory=set)
-    room: int = 0
-    passed: set[str] = field(default_factory=set)
-    found: dict[str, Moments] = field(default_factory=dict)
-    drifts: dict[str, Drift] = field(default_factory=dict)
-    beside: _Beside | None = None
-
-    def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
-        if not self.wants(names, into.shape[-1]):
-            return
-        if names[0] not in self.found:
-            self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
-        with products.precision():
-            self.found[names[0]].add(into)
-            if self.beside is not None:
-                self._compare(names, into, self.beside)
-        if self.one_group and routed.stage_of(names[0]) is None:
-            raise EnoughError
-
-    def _compare(self, names: tuple[str, ...], into: Tensor, beside: _Beside) -> None:
-        if names[0] not in self.drifts:
-            width = 0 if beside.off is None else beside.off.shape[-1]
-            self.drifts |= dict.fromkeys(names, Drift(into.shape[-1], width, self.device))
-        self.drifts[names[0]].add(beside.into, into, beside.off)
-
-    def wants(self, names: tuple[str, ...], size: int) -> bool:
-        """Whether the input of linears is measured in this evaluation."""
-        if names[0] in self.done:
-            return False
-        if names[0] in self.found or not self.one_group or not self.found or self._has_room(names[0], size):
-            return True
-        self.passed.update(names)  # an expert of the stage may yet come
-        return False
-
-    def _has_room(self, name: str, size: int) -> bool:
-        """Whether an expert's linear belongs to the stage under way and its moments fit in."""
-        stage = routed.stage_of(next(iter(self.found)))
-        held = {id(moments): 4 * moments.size**2 for moments in self.found.values()}
-        return stage is not None and routed.stage_of(name) == stage and sum(held.values()) + 4 * size**2 <= self.room
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
+class Run:
     """A pass under way. step: rows evaluated at once. original: what the rows carry in the original model, if they are
     compared with it."""
 
@@ -146,7 +86,7 @@ class _Run:
         layer: Layer,
         stages: Sequence[Stage],
         *,
-        tap: _Collector | None = None,
+        tap: Collector | None = None,
         keep: bool = True,
         every: int = 1,
         carry: Carry | None = None,
@@ -162,7 +102,7 @@ class _Run:
             carry.turn()
 
     def _by_step(
-        self, layer: Layer, stages: Sequence[Stage], carry: Carry, *, tap: _Collector | None, keep: bool, every: int
+        self, layer: Layer, stages: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool, every: int
     ) -> None:
         for start in range(0, carry.rows, self.step * every):
             carried = before = carry.take(start, start + self.step, self.decoder.place)
@@ -174,7 +114,7 @@ class _Run:
             del carried, before
 
     @torch.no_grad()
-    def compare(self, layer: Layer, unchanged: Layer, stage: Stage, original: Carry, tap: _Collector) -> None:
+    def compare(self, layer: Layer, unchanged: Layer, stage: Stage, original: Carry, tap: Collector) -> None:
         """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears."""
         place, config = self.decoder.place, self.decoder.config
         with products.precision(products.quick(place.device)):
@@ -182,7 +122,7 @@ class _Run:
                 theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
                 fed: dict[tuple[str, ...], Tensor] = {}
                 done = stage.run(unchanged, theirs, self.tables, config, fed.__setitem__)
-                tap.beside = _Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
+                tap.beside = Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
                 with suppress(EnoughError):
                     stage.run(layer, ours, self.tables, config, tap)
                 original.put(start, done, moved=done[0] is not theirs[0])
@@ -191,7 +131,7 @@ class _Run:
         original.turn()
 
     def _by_expert(
-        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: _Collector | None, keep: bool
+        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
     ) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
         place, config = self.decoder.place, self.decoder.config
@@ -228,7 +168,7 @@ class _Run:
                 elif sequential:
                     yield from self._staged(index, layer, prepare)
                 else:
-                    tap = _Collector(self.decoder.place.device, full, one_group=False)
+                    tap = Collector(self.decoder.place.device, full, one_group=False)
                     self.evaluate(layer, stages, tap=tap)
                     yield self._block(index, layer, tap, full=full)
                 layer.clear()
@@ -244,7 +184,7 @@ class _Run:
             if self.original is not None and unchanged is not None and not stage.linears:
                 self.evaluate(unchanged, [stage], carry=self.original)
             while (set(stage.linears) or matrices) - done:
-                tap = _Collector(self.decoder.place.device, full=True, one_group=True, done=done)
+                tap = Collector(self.decoder.place.device, full=True, one_group=True, done=done)
                 tap.room = self.decoder.memory
                 if self.original is not None and unchanged is not None and stage.linears:
                     self.compare(layer, unchanged, stage, self.original, tap)
@@ -262,7 +202,7 @@ class _Run:
                 block.drifts.clear()
             self.evaluate(layer, [stage])
 
-    def _block(self, index: int, layer: Layer, tap: _Collector, *, full: bool) -> Block:
+    def _block(self, index: int, layer: Layer, tap: Collector, *, full: bool) -> Block:
         """What a tap found, with experts that saw too little filled up."""
         prefix = self.decoder.kind.LAYER.format(index)
         if full:
@@ -280,7 +220,7 @@ class _Run:
         pairs = [(source, targets) for source, targets in self.decoder.kind.FEEDS if source in stages[0].linears]
         if not any(target in stages[1].linears for _, targets in pairs for target in targets):
             return {}
-        tap = _Collector(self.decoder.place.device, full=True, one_group=True, done=set(stages[0].linears))
+        tap = Collector(self.decoder.place.device, full=True, one_group=True, done=set(stages[0].linears))
         self.evaluate(block.weights, stages, tap=tap, keep=False, every=SAMPLE)
         return self._block(block.index, block.weights, tap, full=False).moments
 
@@ -298,7 +238,8 @@ class _Run:
 
 
 @contextmanager
-def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift: bool = False) -> Iterator[_Run]:
+def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift: bool = False) -> Iterator[Run]:
+    """A pass whose rows are embedded; drift: twice, for the original too. Raises what `forward.load` raises."""
     decoder = load(reader, device=options.device, memory=options.memory)
     kind, config = decoder.kind, decoder.config
     shape = (*tokens.shape, config.hidden_size)
@@ -315,7 +256,7 @@ def _begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift
             for carry in carries:
                 carry.put(start, (entered,))
         tables, step = kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx)
-        yield _Run(decoder, carries[0], tables, step, carries[1] if drift else None)
+        yield Run(decoder, carries[0], tables, step, carries[1] if drift else None)
 
 
 def wanted(block: Block, *names: str) -> Tensor:
@@ -354,57 +295,7 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
         raise ValueError("drift is measured in a sequential pass, of weights that nothing has prepared")
     options = options or Options()
     tokens = draw(reader, text, options) if isinstance(text, str) else text
-    with _begun(reader, tokens, options, drift=drift) as run:
+    with begun(reader, tokens, options, drift=drift) as run:
         yield from run.blocks(full=full, sequential=sequential, finished=finished, prepare=prepare)
         if head is not None:
             head(*run.head())
-
-
-def imatrix(
-    reader: Reader, text: str, options: Options | None = None, *, output: bool = False, dataset: str = ""
-) -> Imatrix:
-    """Importances of all linears, under GGUF's names, as llama-imatrix measures them (all windows unless told).
-
-    output: the output matrix too, under the embedding's name where the two are tied. dataset: name of the text to
-    record. Raises what `calibrate` raises.
-    """
-    from weightsmith.formats.imatrix import Entry, Imatrix  # noqa: PLC0415
-
-    options = options or Options(rows=None)
-    tokens = draw(reader, text, options)
-    kept = _Kept(reader)
-    with _begun(reader, tokens, options) as run:
-        for block in run.blocks(full=False, sequential=False):
-            for name, moments in block.moments.items():
-                kept.add(name, moments)
-        if output:
-            kept.add(*run.head())
-    entries = {gguf: Entry(kept.sums[gguf], kept.counts[gguf]) for gguf in kept.seen}
-    return Imatrix(entries, [dataset] if dataset else [], len(tokens), options.ctx)
-
-
-class _Kept:
-    """Diagonals under GGUF's names; the experts of a stack in one, zeros for those that no token reached.
-
-    Their place is made before the pass. Small arrays that are made on the way and outlive it would lie between the
-    large ones that come and go, and the heap would grow with every layer (measured: half as much again at 24 layers).
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self._gguf_name = archs.by_name(reader.config.family).gguf_name
-        self.seen: dict[str, None] = {}  # in the order of measuring
-        self.sums: dict[str, NDArray[np.float64]] = {}
-        self.counts: dict[str, NDArray[np.int64]] = {}
-        for name, info in reader.infos().items():
-            if len(info.shape) == 2:
-                height = 1 if archs.expert_of(name) is None else reader.config.n_experts
-                gguf = str(self._gguf_name(name))
-                self.sums.setdefault(gguf, np.zeros((height, info.row_len)))
-                self.counts.setdefault(gguf, np.zeros(height, np.int64))
-
-    def add(self, name: str, moments: Moments) -> None:
-        """Keep what was measured of a linear."""
-        expert, gguf = archs.expert_of(name) or 0, str(self._gguf_name(name))
-        self.seen[gguf] = None
-        self.sums[gguf][expert] = moments.diagonal.cpu().numpy()
-        self.counts[gguf][expert] = moments.tokens

@@ -1,0 +1,72 @@
+"""What is measured of a layer while rows pass: the tap that its linears show their inputs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weightsmith.evals.calibration import products, routed
+from weightsmith.evals.forward.moe import EnoughError
+from weightsmith.quant.algorithms.drift import Drift
+from weightsmith.quant.calibration import Moments
+
+
+class Beside(NamedTuple):
+    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to."""
+
+    into: Tensor
+    off: Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class Collector:
+    """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
+    experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. passed:
+    those that were seen but not measured. beside: where inputs are compared with the original's."""
+
+    device: torch.device
+    full: bool
+    one_group: bool
+    done: set[str] = field(default_factory=set)
+    room: int = 0
+    passed: set[str] = field(default_factory=set)
+    found: dict[str, Moments] = field(default_factory=dict)
+    drifts: dict[str, Drift] = field(default_factory=dict)
+    beside: Beside | None = None
+
+    def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
+        """Count the input of the linears `names`; raises EnoughError where the evaluation need not go on."""
+        if not self.wants(names, into.shape[-1]):
+            return
+        if names[0] not in self.found:
+            self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
+        with products.precision():
+            self.found[names[0]].add(into)
+            if self.beside is not None:
+                self._compare(names, into, self.beside)
+        if self.one_group and routed.stage_of(names[0]) is None:
+            raise EnoughError
+
+    def _compare(self, names: tuple[str, ...], into: Tensor, beside: Beside) -> None:
+        if names[0] not in self.drifts:
+            width = 0 if beside.off is None else beside.off.shape[-1]
+            self.drifts |= dict.fromkeys(names, Drift(into.shape[-1], width, self.device))
+        self.drifts[names[0]].add(beside.into, into, beside.off)
+
+    def wants(self, names: tuple[str, ...], size: int) -> bool:
+        """Whether the input of linears is measured in this evaluation."""
+        if names[0] in self.done:
+            return False
+        if names[0] in self.found or not self.one_group or not self.found or self._has_room(names[0], size):
+            return True
+        self.passed.update(names)  # an expert of the stage may yet come
+        return False
+
+    def _has_room(self, name: str, size: int) -> bool:
+        """Whether an expert's linear belongs to the stage under way and its moments fit in."""
+        stage = routed.stage_of(next(iter(self.found)))
+        held = {id(moments): 4 * moments.size**2 for moments in self.found.values()}
+        return stage is not None and routed.stage_of(name) == stage and sum(held.values()) + 4 * size**2 <= self.room
