@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from weightsmith.errors import IntegrityError
-from weightsmith.quant.algorithms.drift import DAMP, Drift, made_up_for
+from weightsmith.quant.algorithms.drift import DAMP, STRENGTH, Drift, made_up_for
 from weightsmith.quant.algorithms.moments import shrinkage
 from weightsmith.quant.calibration import Moments
 
@@ -49,7 +49,7 @@ def test_it_is_ridge_regression(with_stream: bool) -> None:
     # The quadratic form of the change: what is measured, less the share of it off the diagonal, and the damping.
     form = (1 - share) * h + share * torch.diag(h.diagonal()) + DAMP * h.diagonal().mean() * torch.eye(IN).double()
     change = np.linalg.solve(form.numpy(), (x.T @ (wanted - x @ w.double().T)).numpy()).T
-    torch.testing.assert_close(found, w.double() + torch.from_numpy(change), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, w.double() + STRENGTH * torch.from_numpy(change), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_put_out_comes_nearer() -> None:
