@@ -25,10 +25,10 @@ class Options:
     """How to calibrate. Raises UsageError for values that mean nothing.
 
     rows: windows to draw, None for all there are. ctx: tokens per window. seed: of the draw. device: of torch.
-    memory: bytes for what rows carry and for the working set of a step; the moments and the weights of two layers come
-    on top. spill: folder for hidden states beyond it (None: the system's own for temporary files). threads: of torch.
-    pre: name of the pre-tokenizer where a checkpoint's own is not known. special: control tokens written in the text
-    are tokens.
+    memory: bytes for what rows carry and for the working set of a step; the moments and the weights of two layers (of
+    three where drift is measured) come on top. spill: folder for hidden states beyond it (None: the system's own for
+    temporary files). threads: of torch. pre: name of the pre-tokenizer where a checkpoint's own is not known. special:
+    control tokens written in the text are tokens.
     """
 
     rows: int | None = 128
