@@ -9,8 +9,8 @@ lost before stays lost, and grows from layer to layer. Of all weights those with
 come nearest to what the original puts out. For any Q the error is then what no weights can mend plus
 tr((V - Q) H (V - Q)^T) with these weights V, so whatever rounds W with H rounds V instead.
 
-H is shrunk and damped as for feedback (`moments`), and only STRENGTH of the change is made. All of it would fit the rows
-at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it any more.
+H is shrunk and damped as for feedback (`moments`), and only STRENGTH of the change is made. All of it would fit the
+rows at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it.
 
 Ref: GPTAQ, Li et al., arXiv 2504.02692 (its "asymmetric calibration"); QEP, Arai and Ichikawa, arXiv 2504.09629 (whose
 strength is tunable, too).
