@@ -77,16 +77,16 @@ def _make(source: Path, cell: str, name: str, options: argparse.Namespace) -> No
         _round(source, folder, rtn.Grid(int(bits), GROUP, sym=method == "gptq"))
         return
     log = folder.with_suffix(".log")
-    peer, _, steps = name.partition("-")
+    peer, _, variant = name.partition("-")
     if peer in SCRIPTS:
         rows = _rows(source, options)
         command = [str(options.peers / "bin" / "python"), str(SCRIPTS[peer]), str(source), str(folder)]
-        command += [method, bits, str(GROUP), str(rows), *([steps] if steps else [])]
+        command += [method, bits, str(GROUP), str(rows), *([variant] if variant else [])]
     else:
         target = cell if method == "gptq" else method
         command = [sys.executable, "-m", "weightsmith", "quantize", str(source), "--to", target, "-o", str(folder)]
         command += ["--calibrate", str(options.text), "--rows", str(options.rows), "--group-size", str(GROUP), "-q"]
-        command += ["--sym" if method == "gptq" else "--asym", "--force", *(["--effort", steps] if steps else [])]
+        command += ["--sym" if method == "gptq" else "--asym", "--force", *(["--effort", variant] if variant else [])]
     measure.settle(source)
     report.write_text(json.dumps(asdict(measure.run_checked(command, log))))
 

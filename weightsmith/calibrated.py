@@ -155,29 +155,32 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
         grid=Grid(bits, calibration.group_size, calibration.sym),
         method=Method(sweeps=_SWEEPS[effort]),
         checkpoint_format=form,
-        scaled=container == "awq" and effort == "normal",  # measured: error feedback is no better for it (docs/LOG.md)
+        # Feedback into gptq is no better for it (docs/LOG.md); at best the original's scales would have to move, too.
+        scaled=container == "awq" and effort == "normal",
         drift=effort == "best",
     )
 
 
-def costs(reader: Reader, container: str, bits: int, plan: Plan | None, calibration: Calibration) -> dict[str, float]:
-    """Seconds that calibrating would take here, by effort, from one layer that is measured for each.
+def packed_costs(reader: Reader, container: str, bits: int, calibration: Calibration) -> dict[str, float]:
+    """Seconds that `packed` would calibrate here, by effort, from one layer that is measured for each; its errors."""
+    from weightsmith.evals.calibration.packed import cost  # noqa: PLC0415  (loads torch)
 
-    plan: of block layouts; None for GPTQ and AWQ. Raises what `packed` and `encoded` raise.
-    """
-    from weightsmith.evals.calibration import cost, encoded, packed  # noqa: PLC0415  (loads torch)
+    found = {}
+    for effort in _SWEEPS:
+        options = _packed_options(container, bits, calibration, effort)
+        options = replace(options, calibration=_options(calibration, None))
+        found[effort] = cost(reader, options).seconds(calibration.rows)
+    return found
 
-    options = _options(calibration, None)
 
-    def measured(effort: str) -> cost.Cost:
-        if plan is None:
-            made = replace(_packed_options(container, bits, calibration, effort), calibration=options)
-            return packed.cost(reader, made)
-        if effort == "fast":
-            return cost.measure(reader, options, lambda _block: None, full=False, sequential=False)
-        return encoded.cost(reader, _encoded_options(plan, calibration, effort, None))
+def encoded_costs(reader: Reader, plan: Plan, calibration: Calibration) -> dict[str, float]:
+    """Seconds that importances ("fast") and `encoded` would take here, by effort, as `packed_costs` tells them."""
+    from weightsmith.evals.calibration import cost, encoded  # noqa: PLC0415  (loads torch)
 
-    return {effort: measured(effort).seconds(calibration.rows) for effort in _SWEEPS}
+    found = {"fast": cost.measure(reader, _options(calibration, None), lambda _: None, full=False, sequential=False)}
+    for effort in _BLOCK_SWEEPS:
+        found[effort] = encoded.cost(reader, _encoded_options(plan, calibration, effort, None))
+    return {effort: one.seconds(calibration.rows) for effort, one in found.items()}
 
 
 def _encoded_options(plan: Plan, calibration: Calibration, effort: str, pre: str | None) -> EncodedOptions:

@@ -33,7 +33,7 @@ __all__ = ["Options", "Report", "Target", "convert", "costs", "parse_override", 
 
 
 def plan(source: Path, target: Target, options: Options) -> Report:
-    """Say what `convert` would make: exact sizes, every type. Reads headers only."""
+    """Say what `convert` would make: exact sizes, every type; reads headers only."""
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         if target.container in PACKED:
@@ -53,14 +53,13 @@ def costs(source: Path, target: Target, options: Options) -> dict[str, float]:
     """
     if options.calibration is None or options.calibration.text is None or target.type is None:
         return {}
+    calibrated.refuse_both(options.imatrix, options.calibration)
     reader = formats.open_reader(source, allow_pickle=options.allow_pickle)
     try:
         if target.container in PACKED:
-            return calibrated.costs(reader, target.container, int(target.type), None, options.calibration)
+            return calibrated.packed_costs(reader, target.container, int(target.type), options.calibration)
         planned = _planned(reader, target, options)
-        if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
-            return {}
-        return calibrated.costs(reader, target.container, 0, planned, options.calibration)
+        return calibrated.encoded_costs(reader, planned, options.calibration) if _has_blocks(planned) else {}
     finally:
         reader.close()
 
@@ -128,7 +127,7 @@ def _encoded(reader: Reader, output: Path, planned: Plan, options: Options) -> E
     if options.calibration is None or options.effort == "fast":
         return None
     calibrated.refuse_both(options.imatrix, options.calibration)
-    if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
+    if not _has_blocks(planned):
         return None
     refuse_existing(output, overwrite=options.overwrite)
     return calibrated.encoded(reader, output, planned, options.calibration, effort=options.effort, pre=options.pre)
@@ -209,12 +208,17 @@ def _read_back(path: Path, work: Work) -> None:
 
 def _journal(output: Path, planned: Plan, notes: Mapping[str, str], reader: Reader, options: Options) -> Journal | None:
     """A journal where blocks are made; its fingerprint is all that decides their bytes and places."""
-    if all(BLOCKS[info.codec].weights == 1 for info in planned.tensors):
+    if not _has_blocks(planned):
         return None
     files = [(file.name, status.st_size, status.st_mtime_ns) for file in reader.files() if (status := file.stat())]
     plan = [(info.name, list(info.shape), info.codec) for info in planned.tensors]
     kept = {"notes": dict(notes), "source": files, "plan": plan, "options": options.record()}
     return Journal(output, {"sha256": hashlib.sha256(json.dumps(kept).encode()).hexdigest()})
+
+
+def _has_blocks(planned: Plan) -> bool:
+    """Whether any tensor is stored in blocks, which take long to make."""
+    return any(BLOCKS[info.codec].weights > 1 for info in planned.tensors)
 
 
 def _planned(reader: Reader, target: Target, options: Options) -> Plan:

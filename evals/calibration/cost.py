@@ -11,16 +11,16 @@ there are two, because the first one waits for its weights and for kernels to be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from weightsmith.evals.calibration.rows import Options
 from weightsmith.evals.calibration.stream import Block, Prepare, calibrate
 from weightsmith.evals.forward import load
-from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
 
@@ -41,15 +41,19 @@ class Cost:
 
 @dataclass(slots=True)
 class _Watch:
-    """Seconds spent inside `running`."""
+    """Seconds spent in what is `timed`."""
 
     seconds: float = field(default=0.0, init=False)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - begun
+    def timed(self, work: Callable[..., object]) -> Callable[..., None]:
+        """The same work, whose seconds are counted."""
+
+        def run(*arguments: Any) -> None:
+            begun = time.perf_counter()
+            work(*arguments)
+            self.seconds += time.perf_counter() - begun
+
+        return run
 
 
 def measure(
@@ -70,12 +74,7 @@ def measure(
     rows = load(reader, device=options.device, memory=options.memory).step(options.ctx)
     tokens = np.random.default_rng(0).integers(reader.config.vocab_size, size=(rows, options.ctx))
     watch, begun = _Watch(), 0.0
-
-    def prepared(block: Block, ahead: Mapping[str, Moments]) -> None:
-        if prepare is not None:
-            with watch.running():
-                prepare(block, ahead)
-
+    make = watch.timed(make)
     chosen = min(1, layers - 1)
     passes = calibrate(
         reader,
@@ -84,7 +83,7 @@ def measure(
         full=full,
         sequential=sequential,
         drift=drift,
-        prepare=prepared if prepare is not None else None,
+        prepare=watch.timed(prepare) if prepare is not None else None,
     )
     with closing(passes):
         for block in passes:
@@ -92,7 +91,6 @@ def measure(
                 break
             if block.index == chosen and not begun:
                 begun, watch.seconds = time.perf_counter(), 0.0
-            with watch.running():
-                make(block)
+            make(block)
         whole = time.perf_counter() - begun
-    return Cost(max(0.0, whole - watch.seconds), watch.seconds, rows, layers)
+    return Cost(whole - watch.seconds, watch.seconds, rows, layers)

@@ -179,32 +179,29 @@ def _floats(codec: str, packed: Packed, row_len: int) -> Tensor:
 def _encode_block(block: Block, options: EncodedOptions) -> Parts:
     """Encode a block's linears, put what they decode to into its weights, and return what is to be stored."""
     stored: Parts = {}
-    made: dict[int, Inputs] = {}
-    for name, moments in block.moments.items():
-        codec = options.layouts[name]
-        key = name.removeprefix(block.prefix)
-        w = wanted(block, name)
-        try:
-            if codec in codecs.OPEN:
-                if id(moments) not in made:
-                    shrink = shrinkage(moments.size, moments.tokens)
-                    made = {id(moments): Inputs.of(moments.h, options.damp, shrink)}
-                packed, q = compensated.encode(
-                    codec, w, made[id(moments)], sweeps=options.sweeps, effort=options.effort
-                )
-            elif codec == "Q8_0":
-                packed = codecs.encode(codec, w.cpu().numpy())
-                q = torch.from_numpy(codecs.decode(codec, packed, w.shape[1])).to(w.device)
-            else:
-                continue
-        except WeightsmithError as error:
-            error.tensor = error.tensor or name
-            raise
-        lost, whole = loss_of(w, q, moments.h), loss_of(w, None, moments.h)
-        stored[key] = packed
-        stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
-        if expert_of(name) is None:
-            block.weights[key] = q
-        else:  # as it is stored, so that a layer's experts are never in memory together as floats
-            block.weights[key] = Later(tuple(q.shape), partial(_floats, codec, packed, w.shape[1]))
+    for names in block.groups():
+        moments, inputs = block.moments[names[0]], None
+        for name, w in zip(names, wanted(block, names), strict=True):
+            codec = options.layouts[name]
+            key = name.removeprefix(block.prefix)
+            try:
+                if codec in codecs.OPEN:
+                    if inputs is None:
+                        inputs = Inputs.of(moments.h, options.damp, shrinkage(moments.size, moments.tokens))
+                    packed, q = compensated.encode(codec, w, inputs, sweeps=options.sweeps, effort=options.effort)
+                elif codec == "Q8_0":
+                    packed = codecs.encode(codec, w.cpu().numpy())
+                    q = torch.from_numpy(codecs.decode(codec, packed, w.shape[1])).to(w.device)
+                else:
+                    continue
+            except WeightsmithError as error:
+                error.tensor = error.tensor or name
+                raise
+            lost, whole = loss_of(w, q, moments.h), loss_of(w, None, moments.h)
+            stored[key] = packed
+            stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
+            if expert_of(name) is None:
+                block.weights[key] = q
+            else:  # as it is stored, so that a layer's experts are never in memory together as floats
+                block.weights[key] = Later(tuple(q.shape), partial(_floats, codec, packed, w.shape[1]))
     return stored

@@ -229,27 +229,23 @@ def _linears(reader: Reader, layout: AnyLayout) -> dict[str, tuple[int, int]]:
 def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, losses: dict[str, float]) -> Parts:
     """Quantize a block's linears, put what they now compute into its weights, and return what is to be stored."""
     stored: Parts = {}
-    groups: dict[int, list[str]] = {}
-    for name, moments in block.moments.items():
-        if not is_matrix(name, block.weights.shape(name.removeprefix(block.prefix))):
-            continue  # a router
-        groups.setdefault(id(moments), []).append(name)
-    for names in groups.values():
+    for names in block.groups():
         keys = [name.removeprefix(block.prefix) for name in names]
-        moments = block.moments[names[0]]
-        w = wanted(block, *names)
+        if not is_matrix(names[0], block.weights.shape(keys[0])):
+            continue  # a router, which shares its inputs with nothing
+        moments, parts = block.moments[names[0]], wanted(block, names)
         h, shrink = moments.h, shrinkage(moments.size, moments.tokens)
         try:
-            found = gptq.quantize(w, h, options.grid, options.method, shrink=shrink)
+            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method, shrink=shrink)
         except WeightsmithError as error:
             error.tensor = error.tensor or names[0]
             raise
         start = 0
-        for name, key in zip(names, keys, strict=True):
-            stop = start + block.weights.shape(key)[0]
+        for name, key, part in zip(names, keys, parts, strict=True):
+            stop = start + len(part)
             one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
             q = one.dequantize()
-            lost, whole = loss_of(w[start:stop], q, h), loss_of(w[start:stop], None, h)
+            lost, whole = loss_of(part, q, h), loss_of(part, None, h)
             losses[name] = lost / whole if whole else math.nan
             stem = key.removesuffix(".weight")
             fields = ("codes", "scales", "zeros", "g_idx")

@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weightsmith.errors import WeightsmithError
 from weightsmith.evals.calibration import products, routed
 from weightsmith.evals.calibration.carry import Carry
 from weightsmith.evals.calibration.collector import Beside, Collector
@@ -67,6 +68,13 @@ class Block:
     weights: Layer
     moments: dict[str, Moments]
     drifts: dict[str, Drift] = field(default_factory=dict)
+
+    def groups(self) -> list[list[str]]:
+        """Canonical weight names of the linears that are fed by the same tensor."""
+        found: dict[int, list[str]] = {}
+        for name, moments in self.moments.items():
+            found.setdefault(id(moments), []).append(name)
+        return list(found.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -179,15 +187,16 @@ class Run:
         """A layer's groups, stage after stage."""
         matrices = {name.removesuffix(".weight") for name in layer if len(layer.shape(name)) == 2}
         stages, done = self.decoder.kind.STAGES, set[str]()
-        unchanged = layer.copy() if self.original is not None else None
+        original = self.original
+        unchanged = layer if original is None else layer.copy()
         for at, stage in enumerate(stages):
-            if self.original is not None and unchanged is not None and not stage.linears:
-                self.evaluate(unchanged, [stage], carry=self.original)
+            if original is not None and not stage.linears:
+                self.evaluate(unchanged, [stage], carry=original)
             while (set(stage.linears) or matrices) - done:
                 tap = Collector(self.decoder.place.device, full=True, one_group=True, done=done)
                 tap.room = self.decoder.memory
-                if self.original is not None and unchanged is not None and stage.linears:
-                    self.compare(layer, unchanged, stage, self.original, tap)
+                if original is not None and stage.linears:
+                    self.compare(layer, unchanged, stage, original, tap)
                 else:
                     self.evaluate(layer, [stage], tap=tap, keep=False)
                 block = self._block(index, layer, tap, full=True)
@@ -259,12 +268,21 @@ def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift:
         yield Run(decoder, carries[0], tables, step, carries[1] if drift else None)
 
 
-def wanted(block: Block, *names: str) -> Tensor:
-    """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to,
-    one below the other."""
-    w = torch.cat([block.weights[name.removeprefix(block.prefix)].float() for name in names])
+def wanted(block: Block, names: Sequence[str]) -> list[Tensor]:
+    """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to.
+
+    Raises IntegrityError, naming the first of them, for second moments without a factor.
+    """
+    parts = [block.weights[name.removeprefix(block.prefix)].float() for name in names]
     drift = block.drifts.get(names[0])
-    return w if drift is None else made_up_for(w, block.moments[names[0]], drift)
+    if drift is None:
+        return parts
+    try:
+        found = made_up_for(torch.cat(parts), block.moments[names[0]], drift)
+    except WeightsmithError as error:
+        error.tensor = error.tensor or names[0]
+        raise
+    return list(torch.split(found, [len(part) for part in parts]))
 
 
 def calibrate(  # noqa: PLR0913  (every choice, all by keyword)

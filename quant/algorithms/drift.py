@@ -35,13 +35,12 @@ class Drift:
     """How far the inputs of linears, and the stream that one adds to, are from the original model's.
 
     size: the linears' in. width: of the stream, 0 if its output goes elsewhere. inputs, stream: C and R of the module's
-    text, float32 [in, in] and [width, in]. tokens: rows added.
+    text, float32 [in, in] and [width, in].
     """
 
     size: int
     width: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tokens: int = 0
     inputs: Tensor = field(init=False)
     stream: Tensor = field(init=False)
 
@@ -52,7 +51,6 @@ class Drift:
     def add(self, original: Tensor, into: Tensor, off: Tensor | None = None) -> None:
         """Count the original's inputs [..., in] beside those there are, and how far the stream is off [..., width]."""
         rows = into.reshape(-1, self.size).float()
-        self.tokens += len(rows)
         self.inputs.addmm_((original.reshape(-1, self.size).float() - rows).T, rows)
         if off is not None:
             self.stream.addmm_(off.reshape(-1, self.width).float().T, rows)

@@ -56,8 +56,10 @@ def test_a_text_and_its_imatrix_give_the_same_weights(
     )
     assert one == two
     assert one != plain
-    refused = result(capsys, *common, "-o", str(tmp_path / "c.gguf"), "--imatrix", str(matrix), *rows(text), code=2)
-    assert "exclude each other" in refused["error"]["message"]
+    both = [*common, "-o", str(tmp_path / "c.gguf"), "--imatrix", str(matrix), *rows(text)]
+    for dry in ([], ["--dry-run"]):
+        refused = result(capsys, *both, *dry, code=2)
+        assert "exclude each other" in refused["error"]["message"]
 
 
 @pytest.mark.slow

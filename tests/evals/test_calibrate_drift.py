@@ -12,10 +12,13 @@ import torch
 
 from tests.evals import letters
 from tests.evals.memory_reader import MemoryReader, tiny
+from tests.evals.oracle import oracle
 from tests.evals.test_calibrate import ALL, TEXT, inputs_by_hooks, model
 from tests.evals.test_calibrate_experts import MIXTRAL
+from weightsmith.errors import IntegrityError
 from weightsmith.evals.calibration import calibrate, products
 from weightsmith.evals.calibration.rows import draw
+from weightsmith.evals.calibration.stream import wanted
 
 CLOSING = ("o_proj.weight", "down_proj.weight")
 
@@ -41,15 +44,13 @@ def drifts(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any)
         for name in block.moments:
             if name in block.drifts:
                 drift = block.drifts[name]
-                found[name] = (drift.inputs.clone(), drift.stream.clone(), drift.tokens)
+                found[name] = (drift.inputs.clone(), drift.stream.clone(), block.moments[name].tokens)
             block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     return found
 
 
 def stream_behind(reader: MemoryReader, tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
     """The residual stream that linear `name` adds to, [tokens, hidden], told from what the next norm is fed."""
-    from tests.evals.oracle import oracle
-
     net = oracle(reader.config, tensors)
     index = int(name.split(".")[2])
     seen: list[torch.Tensor] = []
@@ -131,3 +132,19 @@ def test_what_does_not_go_together() -> None:
         next(calibrate(model(), TEXT, ALL, drift=True, sequential=False))
     with pytest.raises(ValueError, match="prepared"):
         next(calibrate(model(), TEXT, ALL, drift=True, prepare=lambda _block, _ahead: None))
+
+
+def test_second_moments_without_a_factor_name_the_tensor() -> None:
+    reader = model()
+    changed = changed_like(reader)
+    for block in calibrate(reader, TEXT, ALL, drift=True):
+        names = list(block.moments)
+        if block.drifts[names[0]].inputs.any():
+            block.moments[names[0]].h.fill_(float("nan"))
+            with pytest.raises(IntegrityError) as caught:
+                wanted(block, names)
+            assert caught.value.tensor == names[0]
+            return
+        for name in names:
+            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
+    pytest.fail("nothing drifted")
