@@ -233,7 +233,7 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
         keys = [name.removeprefix(block.prefix) for name in names]
         if not is_matrix(names[0], block.weights.shape(keys[0])):
             continue  # a router, which shares its inputs with nothing
-        moments, parts = block.moments[names[0]], wanted(block, names)
+        moments, parts = block.moments[names[0]], list(wanted(block, names))
         h, shrink = moments.h, shrinkage(moments.size, moments.tokens)
         try:
             found = gptq.quantize(torch.cat(parts), h, options.grid, options.method, shrink=shrink)

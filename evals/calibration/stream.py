@@ -268,21 +268,24 @@ def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift:
         yield Run(decoder, carries[0], tables, step, carries[1] if drift else None)
 
 
-def wanted(block: Block, names: Sequence[str]) -> list[Tensor]:
+def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
     """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to.
 
-    Raises IntegrityError, naming the first of them, for second moments without a factor.
+    One by one, where they do not depend on each other: an expert's are loaded only then. Raises IntegrityError, naming
+    the first of them, for second moments without a factor.
     """
-    parts = [block.weights[name.removeprefix(block.prefix)].float() for name in names]
-    drift = block.drifts.get(names[0])
+    keys, drift = [name.removeprefix(block.prefix) for name in names], block.drifts.get(names[0])
     if drift is None:
-        return parts
+        for key in keys:
+            yield block.weights[key].float()
+        return
+    w = torch.cat([block.weights[key].float() for key in keys])
     try:
-        found = made_up_for(torch.cat(parts), block.moments[names[0]], drift)
+        found = made_up_for(w, block.moments[names[0]], drift)
     except WeightsmithError as error:
         error.tensor = error.tensor or names[0]
         raise
-    return list(torch.split(found, [len(part) for part in parts]))
+    yield from torch.split(found, [block.weights.shape(key)[0] for key in keys])
 
 
 def calibrate(  # noqa: PLR0913  (every choice, all by keyword)

@@ -142,7 +142,7 @@ def test_second_moments_without_a_factor_name_the_tensor() -> None:
         if block.drifts[names[0]].inputs.any():
             block.moments[names[0]].h.fill_(float("nan"))
             with pytest.raises(IntegrityError) as caught:
-                wanted(block, names)
+                list(wanted(block, names))
             assert caught.value.tensor == names[0]
             return
         for name in names:
