@@ -18,6 +18,7 @@ from pathlib import Path
 
 from weightsmith.errors import OutputExistsError, ResourceError, WeightsmithError
 from weightsmith.safename import check_name
+from weightsmith.sizes import spelled
 
 _LARGE = 1 << 18  # bytes of a write that is worth a hint to the kernel
 
@@ -39,7 +40,7 @@ def need_space(path: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ResourceError(
-            f"needs {nbytes / 1e9:.2f} GB on disk, {free / 1e9:.2f} GB are free",
+            f"needs {spelled(nbytes)} on disk, {spelled(free)} are free",
             path=folder,
             hint="Free some space or write elsewhere with -o; nothing was written.",
         )

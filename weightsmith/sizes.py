@@ -24,3 +24,13 @@ def parse_size(value: str | int) -> int:
     if nbytes <= 0:
         raise UsageError(f"{value!r} must be above zero")
     return nbytes
+
+
+def spelled(nbytes: int) -> str:
+    """A size for people to read: "713 B", "4.20 kB", "140.31 GB"."""
+    size, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{nbytes} B" if unit == "B" else f"{size:.2f} {unit}"

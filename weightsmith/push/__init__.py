@@ -26,6 +26,7 @@ from weightsmith.errors import IntegrityError, UnsafeInputError, UsageError
 from weightsmith.push import card as cards
 from weightsmith.push import remote
 from weightsmith.safename import resolve_inside
+from weightsmith.sizes import spelled
 from weightsmith.sources import hub
 from weightsmith.sources.listing import Listed, Listing, prove
 from weightsmith.sources.source import COMMIT, Source, parse
@@ -150,7 +151,7 @@ def push(
         uploads.append(remote.Upload(README, planned.card.encode(), None))
     commit = planned.commit
     if uploads:
-        log.info("push %s to %s: %d files, %.2f GB", entry.ref, planned.repo, len(uploads), planned.nbytes / 1e9)
+        log.info("push %s to %s: %d files, %s", entry.ref, planned.repo, len(uploads), spelled(planned.nbytes))
         said = message or f"{entry.ref}, by weightsmith {__version__}"
         commit = remote.upload(planned.repo, planned.branch, uploads, message=said, parent=planned.commit)
     if commit is None:

@@ -36,6 +36,7 @@ from weightsmith.errors import (
     WeightsmithError,
 )
 from weightsmith.progress import Ticker, progress
+from weightsmith.sizes import spelled
 from weightsmith.sources import choose, download, keep, pins
 from weightsmith.sources.hub_errors import connection_errors, explain, explain_refusal, is_passing
 from weightsmith.sources.listing import Listed, Listing, born, checked, prove, remember, remembered
@@ -103,7 +104,7 @@ def fetch(
         plan = {places[name]: (listing.files[name].size, listing.files[name].sha256) for name in names}
         pins.check(source.files, plan, where=f"{session.where}@{listing.commit}")
     total = sum(listing.files[name].size for name in names)
-    log.info("%s at %s: %d files, %.2f GB", session.where, listing.commit[:12], len(names), total / 1e9)
+    log.info("%s at %s: %d files, %s", session.where, listing.commit[:12], len(names), spelled(total))
     if not session.offline:
         need_space(into, _to_come(session, listing, [name for name in names if name not in done]))
     with progress(f"pull {source.target}", total) as ticker:
