@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weightsmith.evals.calibration import products, routed
+from weightsmith.evals.calibration import routed
 from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.quant.algorithms.drift import Drift
 from weightsmith.quant.calibration import Moments
@@ -43,10 +43,9 @@ class Collector:
             return
         if names[0] not in self.found:
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
-        with products.precision():
-            self.found[names[0]].add(into)
-            if self.beside is not None:
-                self._compare(names, into, self.beside)
+        self.found[names[0]].add(into)
+        if self.beside is not None:
+            self._compare(names, into, self.beside)
         if self.one_group and routed.stage_of(names[0]) is None:
             raise EnoughError
 

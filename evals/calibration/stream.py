@@ -39,8 +39,8 @@ from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
 from weightsmith.evals.forward import Decoder, load, moe, weights
 from weightsmith.evals.forward.moe import EnoughError
-from weightsmith.evals.forward.stages import Stage
-from weightsmith.evals.forward.weights import Later, Layer
+from weightsmith.evals.forward.stages import Stage, Weights
+from weightsmith.evals.forward.weights import Later, Layer, Rounded
 from weightsmith.progress import progress
 from weightsmith.quant.algorithms.drift import Drift, made_up_for
 from weightsmith.quant.calibration import Moments
@@ -101,16 +101,16 @@ class Run:
     ) -> None:
         """Send all rows, or every so many steps of them, through stages; what comes out is carried on if `keep`."""
         kind, carry = self.decoder.kind, carry or self.carry
-        with products.precision(products.quick(self.decoder.place.device)):
-            if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
-                self._by_expert(layer, stages[:-1], carry, tap=tap, keep=keep)
-            else:
-                self._by_step(layer, stages, carry, tap=tap, keep=keep, every=every)
+        multiplied = products.multiplied(layer, self.decoder.place.device)
+        if moe.is_mixture(kind) and stages[-1] is kind.STAGES[-1]:
+            self._by_expert(multiplied, stages[:-1], carry, tap=tap, keep=keep)
+        else:
+            self._by_step(multiplied, stages, carry, tap=tap, keep=keep, every=every)
         if keep:
             carry.turn()
 
     def _by_step(
-        self, layer: Layer, stages: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool, every: int
+        self, layer: Weights, stages: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool, every: int
     ) -> None:
         for start in range(0, carry.rows, self.step * every):
             carried = before = carry.take(start, start + self.step, self.decoder.place)
@@ -125,21 +125,21 @@ class Run:
     def compare(self, layer: Layer, unchanged: Layer, stage: Stage, original: Carry, tap: Collector) -> None:
         """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears."""
         place, config = self.decoder.place, self.decoder.config
-        with products.precision(products.quick(place.device)):
-            for start in range(0, original.rows, self.step):
-                theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
-                fed: dict[tuple[str, ...], Tensor] = {}
-                done = stage.run(unchanged, theirs, self.tables, config, fed.__setitem__)
-                tap.beside = Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
-                with suppress(EnoughError):
-                    stage.run(layer, ours, self.tables, config, tap)
-                original.put(start, done, moved=done[0] is not theirs[0])
-                del theirs, ours, done
+        multiplied = products.multiplied(unchanged, place.device)
+        for start in range(0, original.rows, self.step):
+            theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
+            fed: dict[tuple[str, ...], Tensor] = {}
+            done = stage.run(multiplied, theirs, self.tables, config, fed.__setitem__)
+            tap.beside = Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
+            with suppress(EnoughError):
+                stage.run(layer, ours, self.tables, config, tap)
+            original.put(start, done, moved=done[0] is not theirs[0])
+            del theirs, ours, done
         tap.beside = None
         original.turn()
 
     def _by_expert(
-        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
+        self, layer: Layer | Rounded, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
     ) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
         place, config = self.decoder.place, self.decoder.config

@@ -43,7 +43,19 @@ def through(
 
 
 def linears(weights: Weights, tap: Tap | None, names: tuple[str, ...], into: Tensor) -> list[Tensor]:
-    """The linears `names` of `into` [..., in]; biases are used where present."""
+    """The linears `names` of `into` [..., in], of its dtype; biases are used where present.
+
+    Where matrices have another dtype, the products are computed in that.
+    """
     if tap is not None:
         tap(names, into)
-    return [functional.linear(into, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
+    matrices = [weights[f"{name}.weight"] for name in names]
+    if matrices[0].dtype == into.dtype:
+        biases = [weights.get(f"{name}.bias") for name in names]
+        return [functional.linear(into, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
+    rounded = into.to(matrices[0].dtype)
+    found = [functional.linear(rounded, matrix).to(into.dtype) for matrix in matrices]
+    for name, product in zip(names, found, strict=True):
+        if f"{name}.bias" in weights:
+            product.add_(weights[f"{name}.bias"])
+    return found

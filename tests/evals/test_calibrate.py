@@ -29,7 +29,7 @@ GROUPS = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, 
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.install(monkeypatch)
-    monkeypatch.setattr(products, "quick", lambda _device: "highest")  # what is compared here is exact
+    monkeypatch.setattr(products, "is_quick", lambda _device: False)  # what is compared here is exact
 
 
 def model(**fields: Any) -> MemoryReader:

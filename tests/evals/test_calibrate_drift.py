@@ -26,7 +26,7 @@ CLOSING = ("o_proj.weight", "down_proj.weight")
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.install(monkeypatch)
-    monkeypatch.setattr(products, "quick", lambda _device: "highest")
+    monkeypatch.setattr(products, "is_quick", lambda _device: False)
 
 
 def changed_like(reader: MemoryReader, *, seed: int = 5) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ MOE = "model.layers.{}.block_sparse_moe."
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.install(monkeypatch)
-    monkeypatch.setattr(products, "quick", lambda _device: "highest")  # what is compared here is exact
+    monkeypatch.setattr(products, "is_quick", lambda _device: False)  # what is compared here is exact
 
 
 def model(*, shy: int | None = None) -> MemoryReader:
