@@ -158,6 +158,7 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
         # Feedback into gptq is no better for it (docs/LOG.md); at best the original's scales would have to move, too.
         scaled=container == "awq" and effort == "normal",
         drift=effort == "best",
+        distilled=_distilled(calibration) if effort == "best" else None,
     )
 
 
@@ -192,6 +193,7 @@ def _encoded_options(plan: Plan, calibration: Calibration, effort: str, pre: str
         sweeps=_BLOCK_SWEEPS[effort],
         effort=effort,
         drift=effort == "best",
+        distilled=_distilled(calibration) if effort == "best" else None,
     )
 
 
@@ -203,6 +205,12 @@ def encoded(
 
     options = _encoded_options(plan, calibration, effort, pre)
     return encode_layers(reader, out, calibration.read(reader, pre), options)
+
+
+def _distilled(calibration: Calibration) -> Any:
+    from weightsmith.evals.calibration.distil import Settings  # noqa: PLC0415  (loads torch)
+
+    return Settings(seed=calibration.seed)
 
 
 def _options(calibration: Calibration, pre: str | None) -> Any:

@@ -11,6 +11,7 @@
 | importances | the pass for an `imatrix` |
 | cost | how long a pass will take, from one layer |
 | fold | scales moved between linears and what feeds them |
+| distil, student | scales of the whole model moved by its logits, behind the last layer |
 | packed, encoded, work | a whole checkpoint quantized on the way, resumable: `quantize_packed`, `encode_layers` |
 """
 

@@ -2,10 +2,11 @@
 
 With p the seconds that a step of rows takes through a layer and q those that quantizing the layer takes, all of it is
 
-    layers * (q + p * rows / rows of a step)
+    layers * (q + p * rows / rows of a step) + e * rows
 
-and a little more: the text is not read, nor the checkpoint written. The second layer is the one that is measured, where
-there are two, because the first one waits for its weights and for kernels to be loaded. Tokens are drawn at random.
+where e are the seconds of a row in the last step of best effort (`distil`), and a little more: the text is not read,
+nor the checkpoint written. The second layer is the one that is measured, where there are two, because the first one
+waits for its weights and for kernels to be loaded. Tokens are drawn at random.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from weightsmith.types import Reader
 @dataclass(frozen=True, slots=True)
 class Cost:
     """step: seconds that one step of `rows` rows takes through a layer. layer: seconds that quantizing a layer takes,
-    however many rows there are."""
+    however many rows there are. ending: seconds that a row takes after all layers."""
 
     step: float
     layer: float
     rows: int
     layers: int
+    ending: float = 0.0
 
     def seconds(self, rows: int) -> float:
         """Projected to all layers and so many rows."""
-        return self.layers * (self.layer + self.step * rows / self.rows)
+        return self.layers * (self.layer + self.step * rows / self.rows) + self.ending * rows
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ matrix; a killed run takes these files up. `Encoded` hands the rows to whoever w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.evals.calibration import distil
 from weightsmith.evals.calibration.cost import Cost, measure
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, calibrate, wanted
+from weightsmith.evals.calibration.stream import Block, Run, calibrate, wanted
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
 from weightsmith.evals.forward.weights import Later
 from weightsmith.formats.archs import expert_of
 from weightsmith.quant import codecs
-from weightsmith.quant.algorithms import compensated
+from weightsmith.quant.algorithms import compensated, scales
 from weightsmith.quant.algorithms.compensated import Inputs
 from weightsmith.quant.algorithms.moments import loss_of, shrinkage
-from weightsmith.quant.calibration import Moments
+from weightsmith.quant.algorithms.scales import Movable
 from weightsmith.types import Packed, Reader
 
 _LOSS = ".loss"
@@ -45,7 +46,7 @@ _HEAD = "head.importance"
 class EncodedOptions:
     """What to make and how. layouts: codec by canonical name of everything that is planned. damp: share of H's mean
     diagonal. sweeps: of descent. effort: of the search for scales. drift: make up for what earlier layers lost
-    (`quant.algorithms.drift`)."""
+    (`quant.algorithms.drift`). distilled: how scales then move (`distil`), None: they do not; goes with drift."""
 
     layouts: Mapping[str, str]
     calibration: Options = field(default_factory=Options)
@@ -53,11 +54,12 @@ class EncodedOptions:
     sweeps: int = 4
     effort: str = "normal"
     drift: bool = False
+    distilled: distil.Settings | None = None
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
         kept = {"layouts": dict(self.layouts), "damp": self.damp, "sweeps": self.sweeps, "effort": self.effort}
-        kept["drift"] = self.drift
+        kept |= {"drift": self.drift, "distilled": self.distilled and asdict(self.distilled)}
         return {**kept, "calibration": self.calibration.record()}
 
 
@@ -85,6 +87,30 @@ class Encoded:
         self._work.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Finished layers whose scales can move (`distil.Layers`)."""
+
+    reader: Reader
+    work: Work
+    layouts: Mapping[str, str]
+
+    def movable(self, index: int) -> dict[str, Movable]:
+        """A layer's matrices by name within it."""
+        infos, prefix = self.reader.infos(), _prefix(self.reader, index)
+        return {
+            key: scales.of_blocks(self.layouts[prefix + key], packed, infos[prefix + key].row_len)
+            for key, packed in self.work.load(index).items()
+            if not key.endswith(_LOSS)
+        }
+
+    def give(self, index: int, halves: Mapping[str, Sequence[NDArray[np.float32]]]) -> None:
+        """Store a layer with these halves instead of its own."""
+        parts, prefix = self.work.load(index), _prefix(self.reader, index)
+        given = {key: scales.into_blocks(self.layouts[prefix + key], parts[key], own) for key, own in halves.items()}
+        self.work.store(index, parts | given)
+
+
 def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions) -> Encoded:
     """Encode every linear of `reader`'s layers that is planned as blocks, with calibration on `text`.
 
@@ -95,26 +121,29 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
     linears = _linears(reader, options)
     tokens = draw(reader, text, options.calibration)
     work = Work(out.with_name(f"{out.name}.layers"), fingerprint(reader, tokens, options.record()))
+    layers = _Layers(reader, work, options.layouts)
     try:
         resumed = work.begin(count + 1)
 
         def finished(index: int) -> dict[str, Tensor | Later] | None:
             return _decoded(reader, work.load(index), index, options) if index < resumed else None
 
-        def measured(_name: str, moments: Moments) -> None:
-            work.store(count, {_HEAD: moments.diagonal.float().cpu().numpy()})
+        def ended(run: Run) -> None:
+            work.store(count, {_HEAD: run.head()[1].diagonal.float().cpu().numpy()})
+            if options.distilled is not None:
+                distil.keep(run, work, layers, tokens, options.distilled)
 
-        if resumed <= count:
+        if resumed <= count or (options.distilled is not None and not work.has(distil.RESULT)):
             left, made = set(linears), Parts()
-            passes = calibrate(
-                reader, tokens, options.calibration, drift=options.drift, finished=finished, head=measured
-            )
+            passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, ended=ended)
             for block in passes:
                 made |= _encode_block(block, options)
                 left -= set(block.moments)
                 if not any(name.startswith(block.prefix) for name in left):
                     work.store(block.index, made)
                     made.clear()
+        if options.distilled is not None:
+            distil.give(work, layers)
         return _opened(reader, work, linears)
     except BaseException:
         work.close()
@@ -127,7 +156,8 @@ def cost(reader: Reader, options: EncodedOptions) -> Cost:
     def make(block: Block) -> None:
         _encode_block(block, options)
 
-    return measure(reader, options.calibration, make, drift=options.drift)
+    found = measure(reader, options.calibration, make, drift=options.drift)
+    return replace(found, ending=distil.seconds_of_row(reader, options.calibration, options.distilled))
 
 
 def _opened(reader: Reader, work: Work, linears: Mapping[str, int]) -> Encoded:

@@ -11,7 +11,7 @@ its rows through them. The checkpoint itself is written at the end, from those f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from torch import Tensor
 from weightsmith._version import __version__
 from weightsmith.atomic import refuse_existing
 from weightsmith.errors import UsageError, WeightsmithError
+from weightsmith.evals.calibration import distil
 from weightsmith.evals.calibration.cost import Cost, measure
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Block, Finished, Prepare, calibrate, wanted
-from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint
+from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint, parts_of
 from weightsmith.evals.forward import load, weights
 from weightsmith.evals.forward.weights import Later
 from weightsmith.formats.archs import expert_of
@@ -41,6 +42,7 @@ from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
 from weightsmith.quant.algorithms.moments import loss_of, shrinkage
 from weightsmith.quant.algorithms.rtn import Grid, Quantized
+from weightsmith.quant.algorithms.scales import Movable
 from weightsmith.quant.calibration import Moments
 from weightsmith.quant.recipes import is_matrix
 from weightsmith.types import Reader, TensorInfo
@@ -53,8 +55,9 @@ FORMATS = ("gptq", "gptq_v2", "awq")
 class PackedOptions:
     """What to make and how. checkpoint_format: one of FORMATS. scaled: move scales between linears and what feeds
     them first (`quant.algorithms.awq`). drift: make up for what earlier layers lost (`quant.algorithms.drift`), which
-    does not go with `scaled`. codec: of all that is not packed ("F16", "BF16",
-    "F32"). split_bytes: most data bytes of a shard. Raises UsageError for what does not go together."""
+    does not go with `scaled`. distilled: how scales of groups move in the end (`distil`), None: they do not; goes with
+    drift. codec: of all that is not packed ("F16", "BF16", "F32"). split_bytes: most data bytes of a shard. Raises
+    UsageError for what does not go together."""
 
     grid: Grid = field(default_factory=lambda: Grid(4, 128))
     method: Method = field(default_factory=Method)
@@ -62,6 +65,7 @@ class PackedOptions:
     checkpoint_format: str = "gptq"
     scaled: bool = False
     drift: bool = False
+    distilled: distil.Settings | None = None
     codec: str = "F16"
     split_bytes: int | None = None
 
@@ -73,6 +77,8 @@ class PackedOptions:
             raise UsageError("AWQ has 4 bits and groups of neighbouring columns only")
         if self.scaled and self.drift:
             raise UsageError("scales cannot move where inputs are compared with the original's")
+        if self.distilled is not None and not self.drift:
+            raise UsageError("scales are distilled only where the original's rows go along")
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -83,6 +89,7 @@ class PackedOptions:
             "checkpoint_format": self.checkpoint_format,
             "scaled": self.scaled,
             "drift": self.drift,
+            "distilled": self.distilled and asdict(self.distilled),
         }
 
 
@@ -125,8 +132,11 @@ def quantize_packed(
         def finished(index: int) -> dict[str, Tensor | Later] | None:
             return work.weights(index, layout, linears, _prefix(reader, index)) if index < resumed else None
 
-        if resumed < reader.config.n_layers:
-            losses = _quantize(reader, tokens, options, work, layout, finished)
+        layers = _Layers(reader, work, layout, linears)
+        if resumed < reader.config.n_layers or (options.distilled is not None and not work.has(distil.RESULT)):
+            losses = _quantize(reader, tokens, options, layers, finished)
+        if options.distilled is not None:
+            distil.give(work, layers)
         packing = packed_writer.Packing(layout, layout.settings.dump(), set(linears), options.codec)
         path = _assemble(reader, out, packing, work, options, overwrite=overwrite, notes=notes)
         work.remove()
@@ -148,20 +158,65 @@ def cost(reader: Reader, options: PackedOptions) -> Cost:
     def make(block: Block) -> None:
         _quantize_block(block, layout, options, {})
 
-    return measure(reader, options.calibration, make, drift=options.drift, prepare=_folding(reader, options, {}))
+    found = measure(reader, options.calibration, make, drift=options.drift, prepare=_folding(reader, options, {}))
+    return replace(found, ending=distil.seconds_of_row(reader, options.calibration, options.distilled))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Finished layers whose scales can move (`distil.Layers`). linears: shapes by canonical name."""
+
+    reader: Reader
+    work: Work
+    layout: AnyLayout
+    linears: Mapping[str, tuple[int, int]]
+
+    def movable(self, index: int) -> dict[str, Movable]:
+        """A layer's matrices by name within it."""
+        prefix, parts = _prefix(self.reader, index), self.work.load(index)
+        found = {}
+        for name, shape in self.linears.items():
+            if name.startswith(prefix):
+                key = name.removeprefix(prefix)
+                own = parts_of(parts, key)
+                whole = decoded(self.layout, own, shape)
+                scales = torch.from_numpy(np.ascontiguousarray(own["scales"].T).astype(np.float32))
+                found[key] = Movable(whole, (scales,), places=_places(own, shape[1], scales.shape[1]))
+        return found
+
+    def give(self, index: int, halves: Mapping[str, Sequence[NDArray[np.float32]]]) -> None:
+        """Store a layer with these halves instead of its own."""
+        stems = {key.removesuffix("weight"): own[0] for key, own in halves.items()}
+        given = {f"{stem}scales": np.ascontiguousarray(own.T).astype("<f2") for stem, own in stems.items()}
+        self.work.store(index, self.work.load(index) | given)
+
+
+def _places(parts: Parts, columns: int, groups: int) -> Tensor | None:
+    """The group of every column of a linear; None where groups are runs of the same length."""
+    runs = np.arange(columns) // -(-columns // groups)
+    places = parts.get("g_idx", runs)
+    return None if columns % groups == 0 and np.array_equal(places, runs) else torch.from_numpy(places.astype(np.int64))
 
 
 def _quantize(
-    reader: Reader, tokens: NDArray[np.int64], options: PackedOptions, work: Work, layout: AnyLayout, finished: Finished
+    reader: Reader, tokens: NDArray[np.int64], options: PackedOptions, layers: _Layers, finished: Finished
 ) -> dict[str, float]:
-    """Quantize what is not finished, layer after layer into `work`; losses by canonical name."""
+    """Quantize what is not finished, layer after layer, and distil if so told; losses by canonical name."""
     made: Parts = {}
     losses: dict[str, float] = {}
-    left = set(_linears(reader, layout))
-    prepare = _folding(reader, options, made)
-    passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, prepare=prepare)
+    left = set(layers.linears)
+    distilled, work = options.distilled, layers.work
+    passes = calibrate(
+        reader,
+        tokens,
+        options.calibration,
+        drift=options.drift,
+        finished=finished,
+        prepare=_folding(reader, options, made),
+        ended=None if distilled is None else lambda run: distil.keep(run, work, layers, tokens, distilled),
+    )
     for block in passes:
-        made |= _quantize_block(block, layout, options, losses)
+        made |= _quantize_block(block, layers.layout, options, losses)
         left -= set(losses)
         if not any(name.startswith(block.prefix) for name in left):
             work.store(block.index, made)
@@ -196,6 +251,7 @@ def _layout(options: PackedOptions, *, routers: bool) -> AnyLayout:
         "sweeps": method.sweeps,
         "scaled": options.scaled,
         "drift": options.drift,
+        "distilled": options.distilled is not None,
         "calibration": options.calibration.record(),
     }
     grid = options.grid

@@ -26,9 +26,9 @@ class Options:
 
     rows: windows to draw, None for all there are. ctx: tokens per window. seed: of the draw. device: of torch.
     memory: bytes for what rows carry and for the working set of a step; the moments and the weights of two layers (of
-    three where drift is measured) come on top. spill: folder for hidden states beyond it (None: the system's own for
-    temporary files). threads: of torch. pre: name of the pre-tokenizer where a checkpoint's own is not known. special:
-    control tokens written in the text are tokens.
+    three where drift is measured) come on top, and a layer's matrices in bfloat16 where rows are multiplied so. spill:
+    folder for hidden states beyond it (None: the system's own for temporary files). threads: of torch. pre: name of
+    the pre-tokenizer where a checkpoint's own is not known. special: control tokens written in the text are tokens.
     """
 
     rows: int | None = 128

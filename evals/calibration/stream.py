@@ -21,9 +21,11 @@ Ref: GPTQ arXiv 2210.17323 section 3.3 and its "true sequential" order; llama.cp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,9 +48,11 @@ from weightsmith.quant.algorithms.drift import Drift, made_up_for
 from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
+log = logging.getLogger(__name__)
+
 Finished = Callable[[int], Mapping[str, Tensor | Later] | None]
 Prepare = Callable[["Block", Mapping[str, Moments]], None]
-Head = Callable[[str, Moments], None]
+Ended = Callable[["Run"], None]
 
 SAMPLE = 8  # one step of so many is sent ahead
 
@@ -80,13 +84,14 @@ class Block:
 @dataclass(slots=True, eq=False)
 class Run:
     """A pass under way. step: rows evaluated at once. original: what the rows carry in the original model, if they are
-    compared with it."""
+    compared with it. spill: folder for what finds no room in memory."""
 
     decoder: Decoder
     carry: Carry
     tables: Any
     step: int
     original: Carry | None = None
+    spill: Path | None = None
 
     @torch.no_grad()
     def evaluate(
@@ -265,7 +270,7 @@ def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift:
             for carry in carries:
                 carry.put(start, (entered,))
         tables, step = kind.tables(config, options.ctx, decoder.place), decoder.step(options.ctx)
-        yield Run(decoder, carries[0], tables, step, carries[1] if drift else None)
+        yield Run(decoder, carries[0], tables, step, carries[1] if drift else None, options.spill)
 
 
 def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
@@ -298,7 +303,7 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     drift: bool = False,
     finished: Finished | None = None,
     prepare: Prepare | None = None,
-    head: Head | None = None,
+    ended: Ended | None = None,
 ) -> Generator[Block]:
     """Measure the inputs of every linear, group by group; see `Block` for how a consumer feeds quantized weights back.
 
@@ -309,14 +314,16 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
     prepare(block, ahead): called before a group of a sequential pass is given out, with moments of the next group on a
     sample of rows where one of these linears alone feeds it, to replace weights by others that compute the same.
-    head(name, moments): called at the end, with the diagonal of the output matrix's inputs.
+    ended(run): called at the end, when the rows are what comes out of the last layer.
     Raises what `draw` and `forward.load` raise, IntegrityError (inputs that are not finite), ResourceError (disk).
     """
     if drift and (prepare is not None or not sequential):
         raise ValueError("drift is measured in a sequential pass, of weights that nothing has prepared")
     options = options or Options()
+    if drift and reader.config.n_experts:
+        log.info("experts are quantized to their own weights: what earlier layers lost, only other linears make up for")
     tokens = draw(reader, text, options) if isinstance(text, str) else text
     with begun(reader, tokens, options, drift=drift) as run:
         yield from run.blocks(full=full, sequential=sequential, finished=finished, prepare=prepare)
-        if head is not None:
-            head(*run.head())
+        if ended is not None:
+            ended(run)

@@ -1,8 +1,9 @@
 """The folder of finished layers of a run under way, OUT.layers/.
 
 job.json says of which work they are (source files, rows, settings and version, as one line of JSON), and
-layer-NNNNN.safetensors holds the stored tensors of one layer under their names within it. Each appears by rename, so
-what is there is whole. Layers are taken over by a run of the same work only.
+layer-NNNNN.safetensors holds the stored tensors of one layer under their names within it. distil.safetensors is how far
+the last step of best effort has come and scales.safetensors its result, which the layers are then given (`distil`).
+Each file appears by rename, so what is there is whole. They are taken over by a run of the same work only.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def decoded(layout: Layout, parts: Parts, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(layout.rows(load, shape, 0, shape[0], has_index="g_idx" in parts))
 
 
+def parts_of(parts: Parts, key: str) -> Parts:
+    """What is stored of the packed linear `key` (its weight's name within the layer), by suffix."""
+    stem = key.removesuffix("weight")
+    return {part.removeprefix(stem): value for part, value in parts.items() if part.startswith(stem)}
+
+
 class Work:
     """The folder of finished layers: job.json says of which work, layer-NNNNN.safetensors hold them."""
 
@@ -86,8 +93,8 @@ class Work:
             os.close(self._lock)
             self._lock = -1
 
-    def _file(self, index: int) -> Path:
-        return self.folder / f"layer-{index:05d}.safetensors"
+    def _file(self, name: int | str) -> Path:
+        return self.folder / f"{f'layer-{name:05d}' if isinstance(name, int) else name}.safetensors"
 
     def begin(self, n_layers: int) -> int:
         """Make the folder ready and return how many layers are finished; those of other work are thrown away.
@@ -106,7 +113,7 @@ class Work:
             raise OutputExistsError("another process is at work on this output", path=self.folder) from error
         if job.is_file() and job.read_text(encoding="utf-8") != self.fingerprint:
             log.warning("%s holds unfinished layers of other work, which are dropped", self.folder)
-            for file in self.folder.glob("layer-*.safetensors"):
+            for file in self.folder.glob("*.safetensors"):
                 file.unlink()
         write_text(job, self.fingerprint)
         done = 0
@@ -116,36 +123,40 @@ class Work:
             log.info("%d of %d layers are finished already", done, n_layers)
         return done
 
-    def store(self, index: int, parts: Parts) -> None:
-        """Write a finished layer."""
+    def has(self, name: str) -> bool:
+        """Whether something was stored under a name."""
+        return self._file(name).is_file()
+
+    def store(self, name: int | str, parts: Parts) -> None:
+        """Write a finished layer by its index, or something else under a name; what lay there is replaced."""
         infos = []
-        for name, value in parts.items():
+        for key, value in parts.items():
             codec = _CODECS[str(value.dtype)]
             rows = int(np.prod(value.shape[:-1], dtype=np.int64))
-            infos.append(TensorInfo(name, value.shape, codec, rows * row_nbytes(codec, value.shape[-1])))
+            infos.append(TensorInfo(key, value.shape, codec, rows * row_nbytes(codec, value.shape[-1])))
         start, offsets = lay_out(infos)
-        file = AtomicFile(self._file(index), len(start) + sum(info.nbytes for info in infos), overwrite=True)
+        file = AtomicFile(self._file(name), len(start) + sum(info.nbytes for info in infos), overwrite=True)
         try:
             file.write(0, start)
-            for name, value in parts.items():
-                file.write(offsets[name], np.ascontiguousarray(value).tobytes())
+            for key, value in parts.items():
+                file.write(offsets[key], np.ascontiguousarray(value).tobytes())
         except BaseException:
             file.abort()
             raise
         file.commit()
 
-    def load(self, index: int) -> Parts:
-        """Read a finished layer."""
-        path = self._file(index)
+    def load(self, name: int | str) -> Parts:
+        """Read what was stored."""
+        path = self._file(name)
         handle, size = open_regular(path)
         try:
             found = {}
-            dtypes = {codec: np.dtype(name) for name, codec in _CODECS.items()}
-            for name, info in read_header(handle, size, path=path).tensors.items():
+            dtypes = {codec: np.dtype(kind) for kind, codec in _CODECS.items()}
+            for key, info in read_header(handle, size, path=path).tensors.items():
                 data = os.pread(handle, info.nbytes, info.offset)
                 if len(data) != info.nbytes:
-                    raise IntegrityError("the file became shorter while it was read", path=path, tensor=name)
-                found[name] = np.frombuffer(bytearray(data), dtypes[info.codec]).reshape(info.shape)
+                    raise IntegrityError("the file became shorter while it was read", path=path, tensor=key)
+                found[key] = np.frombuffer(bytearray(data), dtypes[info.codec]).reshape(info.shape)
             return found
         finally:
             os.close(handle)
@@ -175,9 +186,7 @@ class Work:
         for name, shape in linears.items():
             if name.startswith(prefix):
                 key = name.removeprefix(prefix)
-                stem = key.removesuffix("weight")
-                own = {part.removeprefix(stem): value for part, value in parts.items() if part.startswith(stem)}
-                load = partial(decoded, layout, own, shape)
+                load = partial(decoded, layout, parts_of(parts, key), shape)
                 found[key] = load() if expert_of(name) is None else Later(shape, load)
         return found
 

@@ -16,6 +16,7 @@ from tests.tiny import write_llama
 from weightsmith import formats
 from weightsmith.evals.calibration import Options, cost, encoded, packed
 from weightsmith.evals.calibration.cost import Cost, measure
+from weightsmith.evals.calibration.distil import Settings
 from weightsmith.evals.calibration.encoded import EncodedOptions
 from weightsmith.evals.calibration.packed import PackedOptions
 from weightsmith.quant.algorithms.rtn import Grid
@@ -25,6 +26,7 @@ OPTIONS = Options(rows=128, ctx=16)
 
 def test_it_is_projected_to_layers_and_rows() -> None:
     assert Cost(step=0.5, layer=3.0, rows=4, layers=10).seconds(128) == 10 * (3.0 + 0.5 * 32)
+    assert Cost(step=0.5, layer=3.0, rows=4, layers=10, ending=2.0).seconds(128) == 10 * (3.0 + 0.5 * 32) + 256
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 7])
@@ -85,9 +87,10 @@ def test_moving_scales_is_a_cost_of_the_layer(monkeypatch: pytest.MonkeyPatch) -
     [
         PackedOptions(Grid(4, 32), calibration=OPTIONS),
         PackedOptions(Grid(4, 32), calibration=OPTIONS, drift=True),
+        PackedOptions(Grid(4, 32), calibration=OPTIONS, drift=True, distilled=Settings()),
         PackedOptions(Grid(4, 32, sym=False), calibration=OPTIONS, scaled=True, checkpoint_format="awq"),
     ],
-    ids=["plain", "drift", "scaled"],
+    ids=["plain", "drift", "distilled", "scaled"],
 )
 def test_packed_linears_are_really_made(tmp_path: Path, options: PackedOptions) -> None:
     reader = formats.open_reader(write_llama(tmp_path / "source", dtype="F32"))
@@ -95,6 +98,7 @@ def test_packed_linears_are_really_made(tmp_path: Path, options: PackedOptions) 
     assert found.layers == reader.config.n_layers
     assert found.step > 0
     assert found.layer > 0
+    assert (found.ending > 0) == (options.distilled is not None)
     reader.close()
     assert [path.name for path in tmp_path.iterdir() if path.name != "weightsmith-home"] == ["source"]
 
@@ -102,7 +106,8 @@ def test_packed_linears_are_really_made(tmp_path: Path, options: PackedOptions) 
 def test_blocks_are_really_made(tmp_path: Path) -> None:
     reader = formats.open_reader(write_llama(tmp_path / "source", dtype="F32", hidden_size=256, intermediate_size=256))
     layouts = {name: "Q4_K" if "_proj" in name else "F32" for name in reader.infos()}
-    found = encoded.cost(reader, EncodedOptions(layouts, OPTIONS, sweeps=1))
+    found = encoded.cost(reader, EncodedOptions(layouts, OPTIONS, sweeps=1, drift=True, distilled=Settings()))
+    assert found.ending > 0
     assert found.step > 0
     assert found.layer > 0
     reader.close()

@@ -50,8 +50,8 @@ from weightsmith.cli.options import (
     type=click.Choice(["fast", "normal", "best"]),
     default="normal",
     show_default=True,
-    help="How hard to search for scales; with a text to calibrate on, best also makes up for what earlier layers lost, "
-    "and fast calibrates GGUF types by importances alone.",
+    help="How hard to search for scales; with a text to calibrate on, best also makes up for what earlier layers lost "
+    "and moves scales by the original's logits, and fast calibrates GGUF types by importances alone.",
 )
 @click.option("--strict", is_flag=True, help="Fail where a tensor's rows do not fit the type.")
 @click.option("--split", "split_bytes", type=Size(), help="Most bytes per file, for instance 5GB.")
