@@ -244,16 +244,16 @@ def seconds_of_row(reader: Reader, options: Options, settings: Settings | None) 
         student, made, numbers = Student(run, whole, tokens), Progress(), np.arange(rows)
         x = student.enter(numbers)
         layer = student.layer(0)
-        times = [time.perf_counter()]
-        for _ in range(2):  # the first one waits for kernels
+        for _ in range(2):  # the first time waits for kernels
+            times = [time.perf_counter()]
             with torch.no_grad():
                 out = student.through(layer, student.matrices(layer, {}), x)
             times.append(time.perf_counter())
-        _back(student, made, 0, x, torch.ones_like(x), 0.0)
-        times.append(time.perf_counter())
-        student.divergence(_target(student, numbers), student.normed(out).flatten(0, 1))
-        times.append(time.perf_counter())
-    forward, back, head = np.diff(times)[1:].tolist()
+            _back(student, made, 0, x, torch.ones_like(x), 0.0)
+            times.append(time.perf_counter())
+            student.divergence(_target(student, numbers), student.normed(out).flatten(0, 1))
+            times.append(time.perf_counter())
+    forward, back, head = np.diff(times).tolist()
     layers = reader.config.n_layers
     step, judged = layers * (forward + back) + head, 2 * (layers * forward + head) / HELD_OUT
     return float((settings.epochs * step + judged) / rows)
