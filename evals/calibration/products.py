@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from weightsmith.evals.forward.weights import Layer, Rounded
+from weightsmith.evals.forward.weights import Layer
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
@@ -22,6 +22,6 @@ def is_quick(device: torch.device) -> bool:
     return any(known.get(name, False) for name in INSTRUCTIONS)
 
 
-def multiplied(layer: Layer, device: torch.device) -> Layer | Rounded:
+def multiplied(layer: Layer, device: torch.device) -> Layer:
     """A layer as rows are multiplied with it."""
-    return Rounded(layer) if is_quick(device) else layer
+    return layer.rounded() if is_quick(device) else layer

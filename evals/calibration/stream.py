@@ -41,8 +41,8 @@ from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
 from weightsmith.evals.forward import Decoder, load, moe, weights
 from weightsmith.evals.forward.moe import EnoughError
-from weightsmith.evals.forward.stages import Stage, Weights
-from weightsmith.evals.forward.weights import Later, Layer, Rounded
+from weightsmith.evals.forward.stages import Stage
+from weightsmith.evals.forward.weights import Later, Layer
 from weightsmith.progress import progress
 from weightsmith.quant.algorithms.drift import Drift, made_up_for
 from weightsmith.quant.calibration import Moments
@@ -115,7 +115,7 @@ class Run:
             carry.turn()
 
     def _by_step(
-        self, layer: Weights, stages: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool, every: int
+        self, layer: Layer, stages: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool, every: int
     ) -> None:
         for start in range(0, carry.rows, self.step * every):
             carried = before = carry.take(start, start + self.step, self.decoder.place)
@@ -144,7 +144,7 @@ class Run:
         original.turn()
 
     def _by_expert(
-        self, layer: Layer | Rounded, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
+        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
     ) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
         place, config = self.decoder.place, self.decoder.config

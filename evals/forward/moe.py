@@ -29,7 +29,7 @@ from torch import Tensor
 
 from weightsmith.evals.forward.stages import Carried, Stage, Weights, linears
 from weightsmith.evals.forward.stages import Tap as AnyTap
-from weightsmith.evals.forward.weights import Layer, Rounded
+from weightsmith.evals.forward.weights import Layer
 from weightsmith.types import ModelConfig
 
 Linears = Callable[[tuple[str, ...], Tensor], list[Tensor]]  # (names within the layer, input) -> outputs
@@ -122,7 +122,7 @@ class _Step:
 
 def evaluate(
     mixture: Mixture,
-    layer: Layer | Rounded,
+    layer: Layer,
     steps: Sequence[Tensor],
     tables: Any,
     config: ModelConfig,
@@ -155,7 +155,7 @@ class _Block:
     """A stage that steps pass through; see `evaluate`."""
 
     mixture: Mixture
-    layer: Layer | Rounded
+    layer: Layer
     tables: Any
     config: ModelConfig
     tap: Tap | None

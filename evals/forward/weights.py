@@ -5,7 +5,7 @@ Plain float layouts are converted by torch in the copy itself; every other layou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -145,13 +145,19 @@ class Layer(MutableMapping[str, Tensor]):
         """Of a weight, without loading it."""
         return tuple(self._kept[name].shape) if name in self._kept else self._later[name].shape
 
-    def is_later(self, name: str) -> bool:
-        """Whether a weight is made when it is asked for."""
-        return name in self._later
-
     def copy(self) -> Layer:
         """Another of the same weights, whose replacements are its own."""
         return Layer(self._place, dict(self._kept), dict(self._later))
+
+    def rounded(self) -> Layer:
+        """Another whose matrices are in bfloat16, and with them the products of `stages.linears`."""
+
+        def load(name: str) -> Tensor:
+            return self._later[name].load().bfloat16()
+
+        kept = {name: weight.bfloat16() if weight.ndim == 2 else weight for name, weight in self._kept.items()}
+        later = {name: Later(one.shape, partial(load, name)) for name, one in self._later.items()}
+        return Layer(self._place, kept, later)
 
     def clear(self) -> None:
         """Drop everything."""
@@ -168,49 +174,6 @@ class Layer(MutableMapping[str, Tensor]):
         finally:
             self._holding = ""
             self._held.clear()
-
-
-class Rounded(Mapping[str, Tensor]):
-    """A layer whose matrices are in bfloat16, and with them the products of `stages.linears`.
-
-    A matrix is rounded when it is first asked for; an expert's is kept only while it is `held`.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
-        self._kept: dict[str, Tensor] = {}
-        self._holding = ""
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        weight = self._layer[name]
-        if weight.ndim != 2:
-            return weight
-        rounded = weight.bfloat16()
-        if not self._layer.is_later(name) or (self._holding and name.startswith(self._holding)):
-            self._kept[name] = rounded
-        return rounded
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layer)
-
-    def __len__(self) -> int:
-        return len(self._layer)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layer
-
-    @contextmanager
-    def held(self, prefix: str) -> Iterator[None]:
-        """Load and round what is asked for under `prefix` once only, and let it go at the end."""
-        self._holding = prefix
-        try:
-            yield
-        finally:
-            self._holding = ""
-            for name in [name for name in self._kept if name.startswith(prefix)]:
-                del self._kept[name]
 
 
 def layer(reader: Reader, prefix: str, place: Place, *, whole: bool = False) -> Layer:

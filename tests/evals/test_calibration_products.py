@@ -10,7 +10,7 @@ from tests.evals import letters
 from tests.evals.memory_reader import tiny
 from weightsmith.evals.calibration import Options, calibrate, products
 from weightsmith.evals.forward import stages
-from weightsmith.evals.forward.weights import Later, Layer, Place, Rounded
+from weightsmith.evals.forward.weights import Later, Layer, Place
 from weightsmith.quant.calibration import Moments
 
 ALL = Options(rows=None, ctx=16)
@@ -28,8 +28,9 @@ def test_products_are_in_bfloat16_where_the_processor_has_instructions_for_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     assert products.is_quick(torch.device("cpu")) == quick
     assert not products.is_quick(torch.device("cuda"))
-    layer = Layer(HERE, {}, {})
-    assert isinstance(products.multiplied(layer, HERE.device), Rounded) == quick
+    layer = Layer(HERE, {"a.weight": torch.randn(4, 4)}, {})
+    found = products.multiplied(layer, HERE.device)["a.weight"]
+    assert found.dtype == (torch.bfloat16 if quick else torch.float32)
 
 
 def test_rows_go_through_in_bfloat16_and_moments_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_a_product_has_the_dtype_of_what_is_multiplied_and_its_bias_whole() -> N
     layer = Layer(HERE, {"a.weight": w, "a.bias": bias, "b.weight": w + 1}, {})
     shown: list[Tensor] = []
     exact = stages.linears(layer, None, ("a", "b"), x)
-    found = stages.linears(Rounded(layer), lambda _names, into: shown.append(into), ("a", "b"), x)
+    found = stages.linears(layer.rounded(), lambda _names, into: shown.append(into), ("a", "b"), x)
     assert shown[0] is x
     assert [one.dtype for one in found] == [torch.float32] * 2
     plain = (x.bfloat16() @ w.bfloat16().T).float() + bias
@@ -77,7 +78,7 @@ def test_a_rounded_layer_keeps_its_matrices_and_those_of_an_expert_while_it_is_h
         return torch.ones(4, 4)
 
     layer = Layer(HERE, {"a.weight": torch.randn(4, 4), "norm.weight": torch.randn(4)}, {"e.0.w1": Later((4, 4), load)})
-    rounded = Rounded(layer)
+    rounded = layer.rounded()
     assert list(rounded) == list(layer)
     assert len(rounded) == 3
     assert "e.0.w1" in rounded
