@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from weightsmith.evals.calibration.best import Best
     from weightsmith.evals.calibration.encoded import Encoded, EncodedOptions
     from weightsmith.evals.calibration.packed import PackedOptions
     from weightsmith.texts import Text
@@ -157,8 +158,7 @@ def _packed_options(container: str, bits: int, calibration: Calibration, effort:
         checkpoint_format=form,
         # Feedback into gptq is no better for it (docs/LOG.md); at best the original's scales would have to move, too.
         scaled=container == "awq" and effort == "normal",
-        drift=effort == "best",
-        distilled=_distilled(calibration) if effort == "best" else None,
+        best=_best(calibration) if effort == "best" else None,
     )
 
 
@@ -192,8 +192,7 @@ def _encoded_options(plan: Plan, calibration: Calibration, effort: str, pre: str
         calibration=_options(calibration, pre),
         sweeps=_BLOCK_SWEEPS[effort],
         effort=effort,
-        drift=effort == "best",
-        distilled=_distilled(calibration) if effort == "best" else None,
+        best=_best(calibration) if effort == "best" else None,
     )
 
 
@@ -207,10 +206,11 @@ def encoded(
     return encode_layers(reader, out, calibration.read(reader, pre), options)
 
 
-def _distilled(calibration: Calibration) -> Any:
-    from weightsmith.evals.calibration.distil import Settings  # noqa: PLC0415  (loads torch)
+def _best(calibration: Calibration) -> Best:
+    from weightsmith.evals.calibration.best import Best  # noqa: PLC0415  (loads torch)
+    from weightsmith.evals.calibration.distil import Settings  # noqa: PLC0415
 
-    return Settings(seed=calibration.seed)
+    return Best(distilled=Settings(seed=calibration.seed))
 
 
 def _options(calibration: Calibration, pre: str | None) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightsmith.errors import WeightsmithError
-from weightsmith.evals.calibration import distil
-from weightsmith.evals.calibration.cost import Cost, measure
+from weightsmith.evals.calibration.best import Best, costs, give, is_over, passes
+from weightsmith.evals.calibration.cost import Cost
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Run, calibrate, wanted
+from weightsmith.evals.calibration.stream import Block, Run, wanted
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
 from weightsmith.evals.forward.weights import Later
@@ -45,22 +45,19 @@ _HEAD = "head.importance"
 @dataclass(frozen=True, slots=True)
 class EncodedOptions:
     """What to make and how. layouts: codec by canonical name of everything that is planned. damp: share of H's mean
-    diagonal. sweeps: of descent. effort: of the search for scales. drift: make up for what earlier layers lost
-    (`quant.algorithms.drift`). distilled: how scales then move (`distil`), None: they do not; goes with drift."""
+    diagonal. sweeps: of descent. effort: of the search for scales. best: what best effort does."""
 
     layouts: Mapping[str, str]
     calibration: Options = field(default_factory=Options)
     damp: float = 0.01
     sweeps: int = 4
     effort: str = "normal"
-    drift: bool = False
-    distilled: distil.Settings | None = None
+    best: Best | None = None
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
         kept = {"layouts": dict(self.layouts), "damp": self.damp, "sweeps": self.sweeps, "effort": self.effort}
-        kept |= {"drift": self.drift, "distilled": self.distilled and asdict(self.distilled)}
-        return {**kept, "calibration": self.calibration.record()}
+        return {**kept, "best": self.best and self.best.record(), "calibration": self.calibration.record()}
 
 
 class Encoded:
@@ -130,20 +127,18 @@ def encode_layers(reader: Reader, out: Path, text: str, options: EncodedOptions)
 
         def ended(run: Run) -> None:
             work.store(count, {_HEAD: run.head()[1].diagonal.float().cpu().numpy()})
-            if options.distilled is not None:
-                distil.keep(run, work, layers, tokens, options.distilled)
 
-        if resumed <= count or (options.distilled is not None and not work.has(distil.RESULT)):
+        if resumed <= count or not is_over(options.best, work):
             left, made = set(linears), Parts()
-            passes = calibrate(reader, tokens, options.calibration, drift=options.drift, finished=finished, ended=ended)
-            for block in passes:
+            for block in passes(
+                options.best, reader, tokens, options.calibration, work, layers, finished=finished, ended=ended
+            ):
                 made |= _encode_block(block, options)
                 left -= set(block.moments)
                 if not any(name.startswith(block.prefix) for name in left):
                     work.store(block.index, made)
                     made.clear()
-        if options.distilled is not None:
-            distil.give(work, layers)
+        give(options.best, work, layers)
         return _opened(reader, work, linears)
     except BaseException:
         work.close()
@@ -156,8 +151,7 @@ def cost(reader: Reader, options: EncodedOptions) -> Cost:
     def make(block: Block) -> None:
         _encode_block(block, options)
 
-    found = measure(reader, options.calibration, make, drift=options.drift)
-    return replace(found, ending=distil.seconds_of_row(reader, options.calibration, options.distilled))
+    return costs(options.best, reader, options.calibration, make)
 
 
 def _opened(reader: Reader, work: Work, linears: Mapping[str, int]) -> Encoded:

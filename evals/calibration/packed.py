@@ -25,11 +25,11 @@ from torch import Tensor
 from weightsmith._version import __version__
 from weightsmith.atomic import refuse_existing
 from weightsmith.errors import UsageError, WeightsmithError
-from weightsmith.evals.calibration import distil
-from weightsmith.evals.calibration.cost import Cost, measure
+from weightsmith.evals.calibration.best import Best, costs, give, is_over, passes
+from weightsmith.evals.calibration.cost import Cost
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Finished, Prepare, calibrate, wanted
+from weightsmith.evals.calibration.stream import Block, Finished, Prepare, wanted
 from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint, parts_of
 from weightsmith.evals.forward import load, weights
 from weightsmith.evals.forward.weights import Later
@@ -54,18 +54,16 @@ FORMATS = ("gptq", "gptq_v2", "awq")
 @dataclass(frozen=True, slots=True)
 class PackedOptions:
     """What to make and how. checkpoint_format: one of FORMATS. scaled: move scales between linears and what feeds
-    them first (`quant.algorithms.awq`). drift: make up for what earlier layers lost (`quant.algorithms.drift`), which
-    does not go with `scaled`. distilled: how scales of groups move in the end (`distil`), None: they do not; goes with
-    drift. codec: of all that is not packed ("F16", "BF16", "F32"). split_bytes: most data bytes of a shard. Raises
-    UsageError for what does not go together."""
+    them first (`quant.algorithms.awq`). best: what best effort does, which does not go with `scaled`. codec: of all
+    that is not packed ("F16", "BF16", "F32"). split_bytes: most data bytes of a shard. Raises UsageError for what does
+    not go together."""
 
     grid: Grid = field(default_factory=lambda: Grid(4, 128))
     method: Method = field(default_factory=Method)
     calibration: Options = field(default_factory=Options)
     checkpoint_format: str = "gptq"
     scaled: bool = False
-    drift: bool = False
-    distilled: distil.Settings | None = None
+    best: Best | None = None
     codec: str = "F16"
     split_bytes: int | None = None
 
@@ -75,10 +73,8 @@ class PackedOptions:
             raise UsageError(f"no such checkpoint format: {self.checkpoint_format!r}", hint=hint)
         if self.checkpoint_format == "awq" and (self.grid.bits != 4 or self.method.scatters):
             raise UsageError("AWQ has 4 bits and groups of neighbouring columns only")
-        if self.scaled and self.drift:
+        if self.scaled and self.best is not None:
             raise UsageError("scales cannot move where inputs are compared with the original's")
-        if self.distilled is not None and not self.drift:
-            raise UsageError("scales are distilled only where the original's rows go along")
 
     def record(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -88,8 +84,7 @@ class PackedOptions:
             "calibration": self.calibration.record(),
             "checkpoint_format": self.checkpoint_format,
             "scaled": self.scaled,
-            "drift": self.drift,
-            "distilled": self.distilled and asdict(self.distilled),
+            "best": self.best and self.best.record(),
         }
 
 
@@ -133,10 +128,9 @@ def quantize_packed(
             return work.weights(index, layout, linears, _prefix(reader, index)) if index < resumed else None
 
         layers = _Layers(reader, work, layout, linears)
-        if resumed < reader.config.n_layers or (options.distilled is not None and not work.has(distil.RESULT)):
+        if resumed < reader.config.n_layers or not is_over(options.best, work):
             losses = _quantize(reader, tokens, options, layers, finished)
-        if options.distilled is not None:
-            distil.give(work, layers)
+        give(options.best, work, layers)
         packing = packed_writer.Packing(layout, layout.settings.dump(), set(linears), options.codec)
         path = _assemble(reader, out, packing, work, options, overwrite=overwrite, notes=notes)
         work.remove()
@@ -158,8 +152,7 @@ def cost(reader: Reader, options: PackedOptions) -> Cost:
     def make(block: Block) -> None:
         _quantize_block(block, layout, options, {})
 
-    found = measure(reader, options.calibration, make, drift=options.drift, prepare=_folding(reader, options, {}))
-    return replace(found, ending=distil.seconds_of_row(reader, options.calibration, options.distilled))
+    return costs(options.best, reader, options.calibration, make, _folding(reader, options, {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +194,14 @@ def _places(parts: Parts, columns: int, groups: int) -> Tensor | None:
 def _quantize(
     reader: Reader, tokens: NDArray[np.int64], options: PackedOptions, layers: _Layers, finished: Finished
 ) -> dict[str, float]:
-    """Quantize what is not finished, layer after layer, and distil if so told; losses by canonical name."""
+    """Quantize what is not finished, layer after layer, and what best effort does besides; losses by canonical name."""
     made: Parts = {}
     losses: dict[str, float] = {}
     left = set(layers.linears)
-    distilled, work = options.distilled, layers.work
-    passes = calibrate(
-        reader,
-        tokens,
-        options.calibration,
-        drift=options.drift,
-        finished=finished,
-        prepare=_folding(reader, options, made),
-        ended=None if distilled is None else lambda run: distil.keep(run, work, layers, tokens, distilled),
-    )
-    for block in passes:
+    work, prepare = layers.work, _folding(reader, options, made)
+    for block in passes(
+        options.best, reader, tokens, options.calibration, work, layers, finished=finished, prepare=prepare
+    ):
         made |= _quantize_block(block, layers.layout, options, losses)
         left -= set(losses)
         if not any(name.startswith(block.prefix) for name in left):
@@ -250,8 +236,8 @@ def _layout(options: PackedOptions, *, routers: bool) -> AnyLayout:
         "static_groups": method.static_groups,
         "sweeps": method.sweeps,
         "scaled": options.scaled,
-        "drift": options.drift,
-        "distilled": options.distilled is not None,
+        "drift": options.best is not None,
+        "distilled": options.best is not None and options.best.distilled is not None,
         "calibration": options.calibration.record(),
     }
     grid = options.grid

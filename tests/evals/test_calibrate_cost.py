@@ -15,6 +15,7 @@ from tests.evals.memory_reader import TINY, tiny
 from tests.tiny import write_llama
 from weightsmith import formats
 from weightsmith.evals.calibration import Options, cost, encoded, packed
+from weightsmith.evals.calibration.best import Best
 from weightsmith.evals.calibration.cost import Cost, measure
 from weightsmith.evals.calibration.distil import Settings
 from weightsmith.evals.calibration.encoded import EncodedOptions
@@ -86,8 +87,8 @@ def test_moving_scales_is_a_cost_of_the_layer(monkeypatch: pytest.MonkeyPatch) -
     "options",
     [
         PackedOptions(Grid(4, 32), calibration=OPTIONS),
-        PackedOptions(Grid(4, 32), calibration=OPTIONS, drift=True),
-        PackedOptions(Grid(4, 32), calibration=OPTIONS, drift=True, distilled=Settings()),
+        PackedOptions(Grid(4, 32), calibration=OPTIONS, best=Best()),
+        PackedOptions(Grid(4, 32), calibration=OPTIONS, best=Best(distilled=Settings())),
         PackedOptions(Grid(4, 32, sym=False), calibration=OPTIONS, scaled=True, checkpoint_format="awq"),
     ],
     ids=["plain", "drift", "distilled", "scaled"],
@@ -98,7 +99,7 @@ def test_packed_linears_are_really_made(tmp_path: Path, options: PackedOptions) 
     assert found.layers == reader.config.n_layers
     assert found.step > 0
     assert found.layer > 0
-    assert (found.ending > 0) == (options.distilled is not None)
+    assert (found.ending > 0) == (options.best not in (None, Best()))
     reader.close()
     assert [path.name for path in tmp_path.iterdir() if path.name != "weightsmith-home"] == ["source"]
 
@@ -106,7 +107,7 @@ def test_packed_linears_are_really_made(tmp_path: Path, options: PackedOptions) 
 def test_blocks_are_really_made(tmp_path: Path) -> None:
     reader = formats.open_reader(write_llama(tmp_path / "source", dtype="F32", hidden_size=256, intermediate_size=256))
     layouts = {name: "Q4_K" if "_proj" in name else "F32" for name in reader.infos()}
-    found = encoded.cost(reader, EncodedOptions(layouts, OPTIONS, sweeps=1, drift=True, distilled=Settings()))
+    found = encoded.cost(reader, EncodedOptions(layouts, OPTIONS, sweeps=1, best=Best(distilled=Settings())))
     assert found.ending > 0
     assert found.step > 0
     assert found.layer > 0

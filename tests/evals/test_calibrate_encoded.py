@@ -13,6 +13,7 @@ import torch
 from tests.tiny import CORPUS, write_llama
 from weightsmith import formats
 from weightsmith.evals.calibration import Options, calibrate, encoded
+from weightsmith.evals.calibration.best import Best
 from weightsmith.evals.calibration.encoded import Encoded, EncodedOptions, encode_layers
 from weightsmith.evals.calibration.work import Work
 from weightsmith.quant import codecs
@@ -94,16 +95,16 @@ class _KilledError(Exception):
 
 def test_what_earlier_layers_lost_is_made_up_for(source: Path, tmp_path: Path) -> None:
     """Only the first group, before which nothing is lost, is encoded as without it."""
-    plain, made = (encode(source, tmp_path / f"out-{drift}", drift=drift) for drift in (False, True))
+    plain, made = (encode(source, tmp_path / f"out-{best}", best=best) for best in (None, Best()))
     same = {name for name in plain if plain[name] == made[name]}
     assert same == {f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"}
 
 
-@pytest.mark.parametrize(("layer", "drift"), [(0, False), (1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("layer", "best"), [(0, None), (1, None), (2, None), (1, Best())])
 def test_a_stopped_run_goes_on_and_gives_the_same_rows(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, drift: bool
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, best: Best | None
 ) -> None:
-    whole = encode(source, tmp_path / "whole", drift=drift)
+    whole = encode(source, tmp_path / "whole", best=best)
     store = Work.store
 
     def stored(self: Any, index: int, parts: Any) -> None:
@@ -113,19 +114,19 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(
 
     monkeypatch.setattr(Work, "store", stored)
     with pytest.raises(_KilledError):
-        encode(source, tmp_path / "out", drift=drift)
+        encode(source, tmp_path / "out", best=best)
     monkeypatch.undo()
     assert sorted(file.name for file in (tmp_path / "out.layers").iterdir()) == [
         "job.json",
         *(f"layer-0000{index}.safetensors" for index in range(layer)),
     ]
-    assert encode(source, tmp_path / "out", drift=drift) == whole
+    assert encode(source, tmp_path / "out", best=best) == whole
 
     def never(*_: Any, **__: Any) -> Any:
         raise _KilledError
 
-    monkeypatch.setattr(encoded, "calibrate", never)  # a finished folder is only read
-    assert encode(source, tmp_path / "out", drift=drift) == whole
+    monkeypatch.setattr(encoded, "passes", never)  # a finished folder is only read
+    assert encode(source, tmp_path / "out", best=best) == whole
     with pytest.raises(_KilledError):  # and not for other work
         encode(source, tmp_path / "out", damp=0.02)
 

@@ -17,6 +17,7 @@ from weightsmith import formats
 from weightsmith.errors import OutputExistsError, UnsupportedError, UsageError
 from weightsmith.evals import forward
 from weightsmith.evals.calibration import Options, calibrate, packed
+from weightsmith.evals.calibration.best import Best
 from weightsmith.evals.calibration.packed import PackedOptions, PackedReport, quantize_packed
 from weightsmith.evals.calibration.work import Work
 from weightsmith.evals.compare import compare
@@ -30,6 +31,7 @@ from weightsmith.types import Reader
 
 TEXT = " ".join(CORPUS[:2] * 12)
 OPTIONS = PackedOptions(Grid(4, 32), Method(), Options(rows=None, ctx=32))
+DRIFT = replace(OPTIONS, best=Best())
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
         replace(OPTIONS, grid=Grid(3, -1), method=Method("group", static_groups=False, sweeps=0)),
         replace(OPTIONS, grid=Grid(8, 16, sym=False), checkpoint_format="gptq_v2", codec="F32"),
         replace(OPTIONS, grid=Grid(4, 32, sym=False), checkpoint_format="awq"),
-        replace(OPTIONS, drift=True),
+        DRIFT,
     ],
     ids=["plain", "scattered", "three bits", "v2", "awq", "drift"],
 )
@@ -142,15 +144,15 @@ def test_what_earlier_layers_lost_is_made_up_for(source: Path, tmp_path: Path) -
     """On the text it was calibrated on, the whole model comes nearer to the original."""
     original = formats.open_reader(source)
     found = []
-    for drift in (False, True):
-        options = replace(OPTIONS, grid=Grid(3, 32), drift=drift)
-        made = formats.open_reader(quantize(source, tmp_path / f"out-{drift}", options).path)
+    for best in (None, Best()):
+        options = replace(OPTIONS, grid=Grid(3, 32), best=best)
+        made = formats.open_reader(quantize(source, tmp_path / f"out-{best}", options).path)
         found.append(compare(made, original, TEXT, Ruler(ctx=32)).kld_mean)
         made.close()
     original.close()
     assert found[1] < 0.8 * found[0]
     with pytest.raises(UsageError, match="scales cannot move"):
-        replace(OPTIONS, drift=True, scaled=True)
+        replace(OPTIONS, best=Best(), scaled=True)
 
 
 def test_only_one_process_works_on_an_output(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
     monkeypatch.setattr(Work, "store", stored)
 
 
-@pytest.mark.parametrize("options", [OPTIONS, replace(OPTIONS, drift=True)], ids=["plain", "drift"])
+@pytest.mark.parametrize("options", [OPTIONS, DRIFT], ids=["plain", "drift"])
 def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: PackedOptions
 ) -> None:

@@ -22,6 +22,7 @@ from tests.evals.test_calibrate_packed import OPTIONS, digests, quantize, source
 from tests.tiny import write_llama
 from weightsmith import formats
 from weightsmith.evals.calibration import calibrate, distil, products
+from weightsmith.evals.calibration.best import Best
 from weightsmith.evals.calibration.distil import Settings
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.calibration.stream import Run
@@ -34,7 +35,7 @@ assert source  # a fixture
 
 ALL = Options(rows=None, ctx=16)
 TEXT = letters.text(16 * 12 + 5)
-DISTILLED = replace(OPTIONS, drift=True, distilled=Settings(epochs=4))
+DISTILLED = replace(OPTIONS, best=Best(distilled=Settings(epochs=4)))
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +178,7 @@ def test_codes_stay_and_the_same_bytes_come_out_of_a_run_that_was_stopped(
 ) -> None:
     from safetensors.numpy import load_file
 
-    plain = quantize(source, tmp_path / "plain", replace(OPTIONS, drift=True)).path
+    plain = quantize(source, tmp_path / "plain", replace(OPTIONS, best=Best())).path
     made = quantize(source, tmp_path / "made", DISTILLED).path
     before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (plain, made))
     assert set(before) == set(after)
@@ -208,9 +209,9 @@ def test_codes_stay_and_the_same_bytes_come_out_of_a_run_that_was_stopped(
 def test_blocks_keep_their_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "judged", lambda _student, _rows, moves: -len(moves))  # whatever comes out is used
     folder = write_llama(tmp_path / "blocks", dtype="F32", hidden_size=256, intermediate_size=256)
-    plain = test_calibrate_encoded.encode(folder, tmp_path / "plain", drift=True)
-    made = test_calibrate_encoded.encode(folder, tmp_path / "made", drift=True, distilled=Settings())
-    again = test_calibrate_encoded.encode(folder, tmp_path / "again", drift=True, distilled=Settings())
+    plain = test_calibrate_encoded.encode(folder, tmp_path / "plain", best=Best())
+    made = test_calibrate_encoded.encode(folder, tmp_path / "made", best=Best(distilled=Settings()))
+    again = test_calibrate_encoded.encode(folder, tmp_path / "again", best=Best(distilled=Settings()))
     assert made == again
     reader = formats.open_reader(folder)
     layouts, infos = test_calibrate_encoded.options(reader).layouts, reader.infos()
