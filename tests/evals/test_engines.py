@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -149,12 +150,16 @@ def test_quantized_weights_have_llama_cpps_perplexity(kind: str, padded: Path, t
     assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-5)
 
 
+def built_with_blas(library: ModuleType) -> bool:
+    """Whether this llama.cpp multiplies quantized weights as floats, from 32 tokens on, and rounds no activations."""
+    return any((Path(str(library.__file__)).parent / "lib").glob("*ggml-blas*"))
+
+
 @pytest.mark.slow
 def test_a_quantized_file_stays_near_llama_cpp(demo_gguf: Path) -> None:
-    """llama.cpp rounds activations to 8 bits beside quantized weights; that much and no more."""
-    pytest.importorskip("llama_cpp")
+    """Without BLAS llama.cpp rounds activations to 8 bits beside quantized weights: that much and no more."""
+    nearest = 1e-3 if built_with_blas(pytest.importorskip("llama_cpp")) else 0.02
     with closing(gguf.open_reader(demo_gguf)) as reader:
         ours = perplexity.measure(reader, default_text(), Ruler(max_windows=3))
         theirs = perplexity.measure(reader, default_text(), Ruler(max_windows=3, engine="llama.cpp"))
-    assert theirs.perplexity == pytest.approx(ours.perplexity, rel=0.02)
-    assert theirs.perplexity != ours.perplexity
+    assert theirs.perplexity == pytest.approx(ours.perplexity, rel=nearest)
