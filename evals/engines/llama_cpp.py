@@ -1,8 +1,8 @@
 """The engine that most GGUF files meet in the end: llama.cpp itself, through llama-cpp-python's low-level calls.
 
 Float rounding is kept close to the torch engine's: float32 KV cache, no flash attention, CPU only. What remains is
-llama.cpp's own arithmetic: with quantized weights it rounds activations to 8 bits in every matrix product, which moves
-a perplexity by some tenths of a percent. F32 and F16 files agree to rounding.
+llama.cpp's own arithmetic: with quantized weights, unless it was built with BLAS, it rounds activations to 8 bits in
+every matrix product, which moves a perplexity by up to 2 %. F32 and F16 files agree to rounding.
 
 One window at a time, logits only where they are scored. llama.cpp maps the file, so its whole size may count as memory.
 """
