@@ -1,11 +1,12 @@
-"""What calibration is worth: files made with error feedback beside llama.cpp's, made with an imatrix of the same text.
+"""What calibration is worth: our GGUF files beside llama.cpp's and AutoRound's of the same type and the same text.
 
     python -m benchmarks.calibrated --calibrate FILE --text FILE [--types Q4_K_M,...] [--rows N] [--windows N]
-                                    [--effort normal] [--work build/bench]
+                                    [--contestants llama.cpp,AutoRound-30,weightsmith-best] [--work build/bench]
 
-The original is `benchmarks.dithered`. The imatrix is measured once, on the rows that ours calibrate on, and all files
-are judged by the same decoder on the same tokens of another text. What does not depend on our code is kept in the work
-folder for the next run: the imatrix, the original's hidden states and llama.cpp's results.
+The original is `benchmarks.dithered`. llama.cpp's files are made with an imatrix that is measured once, on the rows
+that all others calibrate on, token for token; AutoRound-N (`sh benchmarks/peers.sh build/peers`) tunes each block for N
+steps, 0 rounds by an imatrix of its own. All files are judged by the same decoder on the same tokens of another text.
+Files and what was measured stay in the work folder: remove ours there when the code has changed.
 """
 
 from __future__ import annotations
@@ -15,57 +16,93 @@ import hashlib
 import json
 import os
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import dithered, measure
 from weightsmith import formats
 from weightsmith.evals import calibration, compare
+from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.forward import load
 from weightsmith.evals.ruler import Ruler
 from weightsmith.formats import imatrix
 
 TYPES = "Q4_K_M,IQ4_XS,Q3_K_M,Q2_K"
+CONTESTANTS = "llama.cpp,weightsmith"
 TOOL = [sys.executable, "-m", "weightsmith"]
+AUTOROUND = Path(__file__).with_name("autoround_quantize.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--windows", type=int)
-    parser.add_argument("--effort", default="normal")
+    parser.add_argument("--contestants", default=CONTESTANTS)
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"))
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     demo = Path(os.environ.get("WEIGHTSMITH_DEMO_GGUF", "build/assets/demo.gguf"))
     folder = dithered.write(demo, options.work / "dithered")
-    source, log = options.work / "dithered-F16.gguf", options.work / "log.txt"
-    if not source.exists():
-        measure.run_checked([*TOOL, "convert", str(folder), "--to", "gguf:F16", "-o", str(source)], log)
     original = prepare(folder, options)
-    matrix = measured(folder, options)
-    print(f"{options.rows} rows to calibrate on, {len(original.windows.tokens)} windows to judge by\n")
-    print("| type | bytes | KL llama.cpp | KL ours | ratio | ppl ratio llama.cpp | ppl ratio ours | seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(f"{measure.machine()}; {options.rows} rows to calibrate, {len(original.windows.tokens)} to judge\n")
+    print("| type | contestant | bytes | KL | of the first's | ppl ratio | top-1 | s | s of all cores | RSS MB |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for kind in options.types.split(","):
-        theirs = peer(source, matrix, kind, original, options)
-        path = options.work / f"ours-{kind}.gguf"
-        own = [*TOOL, "quantize", str(folder), "--to", f"gguf:{kind}", "-o", str(path), "--force", "-q"]
-        own += ["--calibrate", str(options.calibrate), "--rows", str(options.rows), "--effort", options.effort]
-        begun = time.perf_counter()
-        measure.run_checked(own, log)
-        seconds = time.perf_counter() - begun
-        ours = judged(path, original)
-        if ours["bytes"] != theirs["bytes"]:
-            sys.exit(f"{kind}: {ours['bytes']} bytes, llama.cpp's file has {theirs['bytes']}")
-        cells = [f"{ours['bytes']}", f"{theirs['kld']:.5f}", f"{ours['kld']:.5f}", f"{ours['kld'] / theirs['kld']:.3f}"]
-        cells += [f"{theirs['ratio']:.4f}", f"{ours['ratio']:.4f}", f"{seconds:.0f}"]
-        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+        first: dict[str, float] = {}
+        for name in options.contestants.split(","):
+            found = result(folder, kind, name, original, options)
+            first = first or found
+            if found["bytes"] != first["bytes"]:
+                sys.exit(f"{kind}: {found['bytes']} bytes of {name}, the first file has {first['bytes']}")
+            cells = [f"{found['bytes']:.0f}", f"{found['kld']:.5f} ± {found['kld_stderr']:.5f}"]
+            cells += [f"{found['kld'] / first['kld']:.3f}", f"{found['ratio']:.4f}", f"{found['top1']:.4f}"]
+            cells += [f"{found['seconds']:.0f}", f"{found['cpu']:.0f}", f"{found['peak_rss'] / 1e6:.0f}"]
+            print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def result(
+    folder: Path, kind: str, name: str, original: compare.Original, options: argparse.Namespace
+) -> dict[str, float]:
+    """What a contestant's file of a type loses, and what it took to make; from the work folder if it is there."""
+    stem = f"{name}-{kind}-{options.rows}"
+    path, kept = options.work / f"{stem}.gguf", options.work / f"{stem}-{digest(original.text, options.windows)}.json"
+    run = path.with_suffix(".run")
+    if not path.exists() or not run.exists():
+        run.write_text(json.dumps(asdict(make(folder, path, kind, name, options))))
+        kept.unlink(missing_ok=True)
+    if not kept.exists():
+        kept.write_text(json.dumps(judged(path, original)))
+    made = measure.Run(**json.loads(run.read_text()))
+    found: dict[str, float] = json.loads(kept.read_text())
+    return found | {"seconds": made.seconds, "cpu": made.cpu, "peak_rss": made.peak_rss}
+
+
+def make(folder: Path, path: Path, kind: str, name: str, options: argparse.Namespace) -> measure.Run:
+    """One file by one contestant."""
+    peer, _, variant = name.partition("-")
+    log = path.with_suffix(".log")
+    if peer == "llama.cpp":
+        source = options.work / "dithered-F16.gguf"
+        if not source.exists():
+            measure.run_checked([*TOOL, "convert", str(folder), "--to", "gguf:F16", "-o", str(source)], log)
+        matrix = measured(folder, options)
+        command = [sys.executable, "-m", "benchmarks.llama_quantize", str(source), str(path), kind, "2", str(matrix)]
+    elif peer == "AutoRound":
+        rows = options.work / f"rows-{options.rows}.npy"
+        np.save(rows, draw(formats.open_reader(folder), options.calibrate.read_text(), Options(rows=options.rows)))
+        command = [str(options.peers / "bin" / "python"), str(AUTOROUND), str(folder), str(path)]
+        command += ["gguf", kind, "0", str(rows), variant]
+    else:
+        command = [*TOOL, "quantize", str(folder), "--to", f"gguf:{kind}", "-o", str(path), "--force", "-q"]
+        command += ["--calibrate", str(options.calibrate), "--rows", str(options.rows)]
+        command += ["--effort", variant] if variant else []
+    return measure.run_checked(command, log)
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> compare.Original:
@@ -86,32 +123,17 @@ def measured(folder: Path, options: argparse.Namespace) -> Path:
     text = options.calibrate.read_text()
     path: Path = options.work / f"imatrix-{digest(text, options.rows)}.gguf"
     if not path.exists():
-        rows = calibration.Options(rows=options.rows)
+        rows = Options(rows=options.rows)
         imatrix.write(path, calibration.imatrix(formats.open_reader(folder), text, rows))
     return path
 
 
-def peer(source: Path, matrix: Path, kind: str, original: compare.Original, options: argparse.Namespace) -> Any:
-    """llama.cpp's result for a type."""
-    kept = options.work / f"peer-{kind}-{matrix.stem}-{digest(original.text, options.windows)}.json"
-    if not kept.exists():
-        path = options.work / f"theirs-{kind}.gguf"
-        command = [sys.executable, "-m", "benchmarks.llama_quantize", str(source), str(path), kind, "2", str(matrix)]
-        measure.run_checked(command, options.work / "log.txt")
-        kept.write_text(json.dumps(judged(path, original)))
-        path.unlink()
-    return json.loads(kept.read_text())
-
-
 def judged(path: Path, original: compare.Original) -> dict[str, float]:
-    """Bytes of tensors, mean KL divergence and ratio of perplexities."""
+    """Bytes of tensors, and what was lost."""
     reader = formats.open_reader(path)
     found = compare.against(reader, original)
-    return {
-        "bytes": sum(info.nbytes for info in reader.infos().values()),
-        "kld": found.kld_mean,
-        "ratio": found.ratio,
-    }
+    lost = {"kld": found.kld_mean, "kld_stderr": found.kld_stderr, "ratio": found.ratio, "top1": found.top1}
+    return lost | {"bytes": sum(info.nbytes for info in reader.infos().values())}
 
 
 def digest(text: str, count: int | None) -> str:

@@ -15,10 +15,13 @@ from weightsmith.quant.calibration import Moments
 
 
 class Beside(NamedTuple):
-    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to."""
+    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to.
+
+    counted: so many of them, the first, are counted, the others held out to judge by."""
 
     into: Tensor
     off: Tensor | None
+    counted: int
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +56,10 @@ class Collector:
         if names[0] not in self.drifts:
             width = 0 if beside.off is None else beside.off.shape[-1]
             self.drifts |= dict.fromkeys(names, Drift(into.shape[-1], width, self.device))
-        self.drifts[names[0]].add(beside.into, into, beside.off)
+        drift, count = self.drifts[names[0]], beside.counted
+        for take, rows in ((drift.add, slice(count)), (drift.hold, slice(count, None))):
+            if len(into[rows]):
+                take(beside.into[rows], into[rows], None if beside.off is None else beside.off[rows])
 
     def wants(self, names: tuple[str, ...], size: int) -> bool:
         """Whether the input of linears is measured in this evaluation."""

@@ -55,6 +55,7 @@ Prepare = Callable[["Block", Mapping[str, Moments]], None]
 Ended = Callable[["Run"], None]
 
 SAMPLE = 8  # one step of so many is sent ahead
+HELD_OUT, MOST_HELD_OUT = 64, 4  # one row of so many, and at most so many
 
 
 @dataclass(slots=True, eq=False)
@@ -131,15 +132,17 @@ class Run:
         """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears."""
         place, config = self.decoder.place, self.decoder.config
         multiplied = products.multiplied(unchanged, place.device)
+        learnt = original.rows - held_out(original.rows)
         for start in range(0, original.rows, self.step):
             theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
             fed: dict[tuple[str, ...], Tensor] = {}
             done = stage.run(multiplied, theirs, self.tables, config, fed.__setitem__)
-            tap.beside = Beside(fed.popitem()[1], theirs[0] - ours[0] if stage.adds else None)
+            off = theirs[0] - ours[0] if stage.adds else None
+            tap.beside = Beside(fed.popitem()[1], off, max(0, learnt - start))
             with suppress(EnoughError):
                 stage.run(layer, ours, self.tables, config, tap)
             original.put(start, done, moved=done[0] is not theirs[0])
-            del theirs, ours, done
+            del theirs, ours, off, done
         tap.beside = None
         original.turn()
 
@@ -273,6 +276,11 @@ def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift:
         yield Run(decoder, carries[0], tables, step, carries[1] if drift else None, options.spill)
 
 
+def held_out(rows: int) -> int:
+    """How many of so many rows, the last ones, are not learnt from where inputs are compared with the original's."""
+    return max(1, min(rows // HELD_OUT, MOST_HELD_OUT)) if rows > 1 else 0
+
+
 def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
     """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to.
 
@@ -310,7 +318,7 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     text: or the rows that `draw` made of one.
     full: measure H, else only its diagonal, in a pass that is not sequential.
     sequential: see above; else one block per layer, measured behind the original weights. drift: measure it, in a
-    sequential pass that prepares nothing. finished(index): weights of
+    sequential pass that prepares nothing; the last rows (`held_out`) are kept to judge by. finished(index): weights of
     a layer that was dealt with before (float tensors by name within the layer), or None; rows only pass through it.
     prepare(block, ahead): called before a group of a sequential pass is given out, with moments of the next group on a
     sample of rows where one of these linears alone feeds it, to replace weights by others that compute the same.
@@ -323,6 +331,8 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     if drift and reader.config.n_experts:
         log.info("experts are quantized to their own weights: what earlier layers lost, only other linears make up for")
     tokens = draw(reader, text, options) if isinstance(text, str) else text
+    if drift and not held_out(len(tokens)):
+        log.info("one row is too few to learn from and to judge by: linears are quantized to their own weights")
     with begun(reader, tokens, options, drift=drift) as run:
         yield from run.blocks(full=full, sequential=sequential, finished=finished, prepare=prepare)
         if ended is not None:

@@ -9,8 +9,10 @@ lost before stays lost, and grows from layer to layer. Of all weights those with
 come nearest to what the original puts out. For any Q the error is then what no weights can mend plus
 tr((V - Q) H (V - Q)^T) with these weights V, so whatever rounds W with H rounds V instead.
 
-H is shrunk and damped as for feedback (`moments`), and only STRENGTH of the change is made. All of it would fit the
-rows at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it.
+H is shrunk and damped as for feedback (`moments`), and at most STRENGTH of the change is made. All of it would fit the
+rows at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it. Some
+tokens are held out of C and R. Less is made where less brings their outputs nearest to the original's, and nothing
+where any of it takes them further away, so before rounding no linear is worse for it.
 
 Ref: GPTAQ, Li et al., arXiv 2504.02692 (its "asymmetric calibration"); QEP, Arai and Ichikawa, arXiv 2504.09629 (whose
 strength is tunable, too).
@@ -35,14 +37,17 @@ class Drift:
     """How far the inputs of linears, and the stream that one adds to, are from the original model's.
 
     size: the linears' in. width: of the stream, 0 if its output goes elsewhere. inputs, stream: C and R of the module's
-    text, float32 [in, in] and [width, in].
+    text, float32 [in, in] and [width, in]. tokens: how many these count. held: tokens held out, part by part x̂, x - x̂
+    (both [tokens, in]) and r - r̂ ([tokens, width]), float32.
     """
 
     size: int
     width: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tokens: int = field(init=False, default=0)
     inputs: Tensor = field(init=False)
     stream: Tensor = field(init=False)
+    held: list[tuple[Tensor, Tensor, Tensor | None]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.inputs = torch.zeros(self.size, self.size, device=self.device)
@@ -51,16 +56,24 @@ class Drift:
     def add(self, original: Tensor, into: Tensor, off: Tensor | None = None) -> None:
         """Count the original's inputs [..., in] beside those there are, and how far the stream is off [..., width]."""
         rows = into.reshape(-1, self.size).float()
+        self.tokens += len(rows)
         self.inputs.addmm_((original.reshape(-1, self.size).float() - rows).T, rows)
         if off is not None:
             self.stream.addmm_(off.reshape(-1, self.width).float().T, rows)
+
+    def hold(self, original: Tensor, into: Tensor, off: Tensor | None = None) -> None:
+        """Keep the same of tokens to judge by, which are not counted."""
+        rows = into.reshape(-1, self.size).float()
+        lost = original.reshape(-1, self.size).float() - rows
+        self.held.append((rows.clone(), lost, None if off is None else off.reshape(-1, self.width).float().clone()))
 
 
 @torch.no_grad()
 def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
     """The weights float32 [out, in] to round instead of w; w itself, in float32, where nothing has drifted.
 
-    Raises what `moments.factor` raises, ValueError (drift of another linear).
+    moments: of all tokens, those held out too. Raises what `moments.factor` raises, ValueError (drift of another
+    linear).
     """
     if drift.size != w.shape[1] or drift.width not in (0, len(w)):
         raise ValueError(f"drift of {drift.size} inputs and {drift.width} outputs for a matrix {list(w.shape)}")
@@ -74,4 +87,17 @@ def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
     a, _ = factor(moments.h, order, DAMP, shrinkage(moments.size, moments.tokens), torch.float32)
     first = torch.linalg.solve_triangular(a.mT, wanted, upper=False, left=False)
     change: Tensor = torch.linalg.solve_triangular(a, first, upper=True, left=False)
-    return change.mul_(STRENGTH).add_(w)
+    change *= moments.tokens / drift.tokens  # C and R count fewer tokens than H
+    return change.mul_(_share(w, change, drift)).add_(w)
+
+
+def _share(w: Tensor, change: Tensor, drift: Drift) -> float:
+    """How much of `change` is made: the share that is best for tokens held out, within [0, STRENGTH]."""
+    along = length = 0.0
+    for into, lost, off in drift.held:
+        made, wanted = into @ change.T, lost @ w.T
+        if off is not None:
+            wanted += off
+        along += float((made * wanted).sum(dtype=torch.float64))
+        length += float(made.square().sum(dtype=torch.float64))
+    return min(STRENGTH, along / length) if along > 0 < length else 0.0

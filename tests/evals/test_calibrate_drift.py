@@ -18,7 +18,7 @@ from tests.evals.test_calibrate_experts import MIXTRAL
 from weightsmith.errors import IntegrityError
 from weightsmith.evals.calibration import calibrate, products
 from weightsmith.evals.calibration.rows import draw
-from weightsmith.evals.calibration.stream import wanted
+from weightsmith.evals.calibration.stream import held_out, wanted
 
 CLOSING = ("o_proj.weight", "down_proj.weight")
 
@@ -38,13 +38,20 @@ def changed_like(reader: MemoryReader, *, seed: int = 5) -> dict[str, np.ndarray
 
 
 def drifts(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:
-    """What is measured while every linear is replaced in turn: copies by canonical name."""
+    """What is measured while every linear is replaced in turn, tokens held out among the others, by canonical name."""
     found = {}
     for block in calibrate(reader, TEXT, options.pop("options", ALL), drift=True, **options):
         for name in block.moments:
             if name in block.drifts:
                 drift = block.drifts[name]
-                found[name] = (drift.inputs.clone(), drift.stream.clone(), block.moments[name].tokens)
+                inputs, stream, tokens = drift.inputs.clone(), drift.stream.clone(), drift.tokens
+                for into, lost, off in drift.held:
+                    inputs += lost.T @ into
+                    tokens += len(into)
+                    if off is not None:
+                        stream += off.T @ into
+                assert tokens == block.moments[name].tokens > drift.tokens > 0
+                found[name] = (inputs, stream, tokens)
             block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     return found
 
@@ -80,6 +87,27 @@ def test_it_is_that_of_two_models() -> None:
             assert stream.shape[0] == 0
     assert found["model.layers.1.mlp.down_proj.weight"][0].abs().max() > 1  # or the test would show nothing
     assert not found["model.layers.0.self_attn.q_proj.weight"][0].any()  # nothing lies before it
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 0), (2, 1), (64, 1), (128, 2), (200, 3), (10_000, 4)])
+def test_the_last_rows_are_held_out(rows: int, count: int) -> None:
+    assert held_out(rows) == count
+
+
+def test_rows_held_out_are_what_the_model_is_fed() -> None:
+    reader = model()
+    changed = changed_like(reader)
+    rows = draw(reader, TEXT, ALL)
+    ours = inputs_by_hooks(MemoryReader(reader.config, changed), rows)
+    name = "model.layers.1.mlp.down_proj.weight"
+    for block in calibrate(reader, TEXT, ALL, drift=True):
+        if name in block.drifts:
+            ((into, _, _),) = block.drifts[name].held
+            torch.testing.assert_close(into.double(), ours[name][-rows.shape[1] :], rtol=1e-3, atol=2e-2)
+            return
+        for other in block.moments:
+            block.weights[other.removeprefix(block.prefix)] = torch.from_numpy(changed[other])
+    pytest.fail("it was not measured")
 
 
 def test_finished_layers_leave_the_original_where_it_was() -> None:

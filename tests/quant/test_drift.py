@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from weightsmith.errors import IntegrityError
+from weightsmith.quant.algorithms import drift as algorithm
 from weightsmith.quant.algorithms.drift import DAMP, STRENGTH, Drift, made_up_for
 from weightsmith.quant.algorithms.moments import shrinkage
 from weightsmith.quant.calibration import Moments
 
-OUT, IN, TOKENS = 6, 10, 400
+OUT, IN, TOKENS, HELD = 6, 10, 400, 100
+COUNTED = TOKENS - HELD
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,10 +31,18 @@ def measured(
     original: torch.Tensor, ours: torch.Tensor, off: torch.Tensor | None, *, parts: int = 3
 ) -> tuple[Moments, Drift]:
     moments, drift = Moments(IN), Drift(IN, 0 if off is None else OUT)
-    for chosen in torch.arange(TOKENS).chunk(parts):
-        moments.add(ours[chosen])
-        drift.add(original[chosen], ours[chosen][None], None if off is None else off[chosen])
+    for chosen in torch.arange(TOKENS).split([COUNTED, HELD]):
+        take = drift.add if chosen[0] < COUNTED else drift.hold
+        for some in chosen.chunk(parts):
+            moments.add(ours[some])
+            take(original[some], ours[some][None], None if off is None else off[some])
     return moments, drift
+
+
+def lost(v: torch.Tensor, w: torch.Tensor, original: torch.Tensor, ours: torch.Tensor, off: torch.Tensor) -> float:
+    """The squared error of what v puts out, on tokens held out."""
+    error = (original.double() @ w.double().T + off.double() - ours.double() @ v.double().T)[COUNTED:]
+    return float(error.square().sum())
 
 
 @pytest.mark.parametrize("with_stream", [False, True])
@@ -48,19 +58,55 @@ def test_it_is_ridge_regression(with_stream: bool) -> None:
     h, share = x.T @ x, shrinkage(IN, TOKENS)
     # The quadratic form of the change: what is measured, less the share of it off the diagonal, and the damping.
     form = (1 - share) * h + share * torch.diag(h.diagonal()) + DAMP * h.diagonal().mean() * torch.eye(IN).double()
-    change = np.linalg.solve(form.numpy(), (x.T @ (wanted - x @ w.double().T)).numpy()).T
+    missing = (x.T[:, :COUNTED] @ (wanted - x @ w.double().T)[:COUNTED]) * (TOKENS / COUNTED)
+    change = np.linalg.solve(form.numpy(), missing.numpy()).T
     torch.testing.assert_close(found, w.double() + STRENGTH * torch.from_numpy(change), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_put_out_comes_nearer() -> None:
     w, original, ours, off = drawn()
+    v = made_up_for(w, *measured(original, ours, off))
+    assert lost(v, w, original, ours, off) < 0.5 * lost(w, w, original, ours, off)
+
+
+@pytest.mark.parametrize("strength", [STRENGTH, 100.0])
+@pytest.mark.parametrize("seed", range(20))
+def test_it_is_never_worse_on_tokens_held_out(seed: int, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drift of nothing but noise, which weights fit on the tokens that are counted and that others do not have."""
+    monkeypatch.setattr(algorithm, "STRENGTH", strength)
+    w, _, ours, off = drawn(seed)
+    rng = torch.Generator().manual_seed(seed)
+    original, off = ours + 0.1 * torch.randn(TOKENS, IN, generator=rng), torch.randn(TOKENS, OUT, generator=rng)
+    v = made_up_for(w, *measured(original, ours, off))
+    assert lost(v, w, original, ours, off) <= lost(w, w, original, ours, off) * (1 + 1e-6)
+
+
+def test_no_more_is_made_than_is_best_for_tokens_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, original, ours, off = drawn()
+    original[COUNTED:] = 0.7 * ours[COUNTED:] + 0.3 * original[COUNTED:]  # they drift by less
+    off[COUNTED:] *= 0.3
+    monkeypatch.setattr(algorithm, "STRENGTH", 100.0)
+    v = made_up_for(w, *measured(original, ours, off))
+    best = lost(v, w, original, ours, off)
+    for share in (0.5, 0.9, 1.1, 2.0):
+        assert lost(w + share * (v - w), w, original, ours, off) > best
+    monkeypatch.setattr(algorithm, "STRENGTH", 0.1)
+    less = made_up_for(w, *measured(original, ours, off))
+    assert float((less - w).norm()) < 0.5 * float((v - w).norm())
+
+
+def test_w_stays_where_tokens_held_out_drift_the_other_way() -> None:
+    w, original, ours, off = drawn()
+    original[COUNTED:] = 2 * ours[COUNTED:] - original[COUNTED:]
+    off[COUNTED:] *= -1
+    assert torch.equal(made_up_for(w, *measured(original, ours, off)), w)
+
+
+def test_w_stays_where_nothing_is_held_out() -> None:
+    w, original, ours, off = drawn()
     moments, drift = measured(original, ours, off)
-    wanted = original @ w.T + off
-
-    def lost(v: torch.Tensor) -> float:
-        return float((wanted - ours @ v.T).square().sum())
-
-    assert lost(made_up_for(w, moments, drift)) < 0.5 * lost(w)
+    drift.held.clear()
+    assert torch.equal(made_up_for(w, moments, drift), w)
 
 
 def test_nothing_drifted() -> None:
