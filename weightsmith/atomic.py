@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightsmith.errors import OutputExistsError, ResourceError, WeightsmithError
+from weightsmith.errors import DISK_HINT, OutputExistsError, ResourceError, WeightsmithError
 from weightsmith.safename import check_name
 from weightsmith.sizes import spelled
 
@@ -42,7 +42,7 @@ def need_space(path: Path, nbytes: int) -> None:
         raise ResourceError(
             f"needs {spelled(nbytes)} on disk, {spelled(free)} are free",
             path=folder,
-            hint="Free some space or write elsewhere with -o; nothing was written.",
+            hint=DISK_HINT,
         )
 
 
@@ -53,7 +53,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("the disk is full", path=path, hint="Nothing was kept; free some space.") from error
+            raise ResourceError("the disk is full", path=path, hint=DISK_HINT) from error
         raise WeightsmithError(f"cannot write: {error.strerror or error}", path=path) from error
 
 

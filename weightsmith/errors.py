@@ -19,6 +19,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+DISK_HINT = (
+    "Free some space or write elsewhere; no half-written file stays, but what a repeated call goes on from does."
+)
+
 
 class WeightsmithError(Exception):
     """Any failure that is told to the user in one message and no traceback.

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from weightsmith._version import __version__
-from weightsmith.errors import InterruptedRunError, QualityGateError, ResourceError, WeightsmithError
+from weightsmith.errors import DISK_HINT, InterruptedRunError, QualityGateError, ResourceError, WeightsmithError
 
 _NOT_VERBS = {"app", "integrity", "options", "output", "produce", "verified"}
 
@@ -115,7 +115,7 @@ def run(args: list[str]) -> int:
 
 def _from_os(error: OSError) -> WeightsmithError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("the disk is full", path=error.filename, hint="Nothing was kept; free some space.")
+        return ResourceError("the disk is full", path=error.filename, hint=DISK_HINT)
     return WeightsmithError(error.strerror or str(error), path=error.filename)
 
 
