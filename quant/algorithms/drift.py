@@ -88,7 +88,8 @@ def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
     first = torch.linalg.solve_triangular(a.mT, wanted, upper=False, left=False)
     change: Tensor = torch.linalg.solve_triangular(a, first, upper=True, left=False)
     change *= moments.tokens / drift.tokens  # C and R count fewer tokens than H
-    return change.mul_(_share(w, change, drift)).add_(w)
+    share = _share(w, change, drift)
+    return change.mul_(share).add_(w) if share else w
 
 
 def _share(w: Tensor, change: Tensor, drift: Drift) -> float:
