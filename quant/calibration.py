@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import IntegrityError
+from weightsmith.quant.multiply import add_square
 
 MIRROR = 1024  # columns mirrored at a time
 STRIP = 256  # rows of H in one product, which leaves out what lies before their first column
@@ -51,8 +52,7 @@ class Moments:
         for start in range(0, len(rows), 256):
             self.diagonal += rows[start : start + 256].square().sum(dim=0).double()
         if self._h is not None:
-            for start in range(0, self.size, STRIP):
-                self._h[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].T, rows[:, start:])
+            add_square(self._h, rows, STRIP)
 
     def merge(self, other: Moments) -> None:
         """Count what `other`, of the same size and with H, counted."""

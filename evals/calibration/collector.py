@@ -12,16 +12,27 @@ from weightsmith.evals.calibration import routed
 from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.quant.algorithms.drift import Drift
 from weightsmith.quant.calibration import Moments
+from weightsmith.quant.multiply import linear
 
 
 class Beside(NamedTuple):
-    """Of a step of the original's rows: what feeds its linears, and how far ours are off in the stream they add to.
+    """Of a step of the original's rows, what feeds its linears.
 
-    counted: so many of them, the first, are counted, the others held out to judge by."""
+    counted: so many of them, the first, are counted, the others held out to judge by. off: where the one linear adds to
+    a stream, how far ours is off in that, and matrix: its weights.
+    """
 
     into: Tensor
-    off: Tensor | None
     counted: int
+    off: Tensor | None = None
+    matrix: Tensor | None = None
+
+    def lost(self, into: Tensor) -> Tensor:
+        """What `Drift` counts, ours being fed `into`."""
+        lost = self.into - into
+        if self.matrix is None or self.off is None:
+            return lost
+        return linear(lost.to(self.matrix.dtype), self.matrix).to(lost.dtype).add_(self.off)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,10 +67,10 @@ class Collector:
         if names[0] not in self.drifts:
             width = 0 if beside.off is None else beside.off.shape[-1]
             self.drifts |= dict.fromkeys(names, Drift(into.shape[-1], width, self.device))
-        drift, count = self.drifts[names[0]], beside.counted
-        for take, rows in ((drift.add, slice(count)), (drift.hold, slice(count, None))):
+        drift, lost = self.drifts[names[0]], beside.lost(into)
+        for take, rows in ((drift.add, slice(beside.counted)), (drift.hold, slice(beside.counted, None))):
             if len(into[rows]):
-                take(beside.into[rows], into[rows], None if beside.off is None else beside.off[rows])
+                take(lost[rows], into[rows])
 
     def wants(self, names: tuple[str, ...], size: int) -> bool:
         """Whether the input of linears is measured in this evaluation."""

@@ -133,12 +133,13 @@ class Run:
         place, config = self.decoder.place, self.decoder.config
         multiplied = products.multiplied(unchanged, place.device)
         learnt = original.rows - held_out(original.rows)
+        matrix = multiplied[f"{stage.linears[0]}.weight"] if stage.adds else None
         for start in range(0, original.rows, self.step):
             theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
             fed: dict[tuple[str, ...], Tensor] = {}
             done = stage.run(multiplied, theirs, self.tables, config, fed.__setitem__)
             off = theirs[0] - ours[0] if stage.adds else None
-            tap.beside = Beside(fed.popitem()[1], off, max(0, learnt - start))
+            tap.beside = Beside(fed.popitem()[1], max(0, learnt - start), off, matrix)
             with suppress(EnoughError):
                 stage.run(layer, ours, self.tables, config, tap)
             original.put(start, done, moved=done[0] is not theirs[0])

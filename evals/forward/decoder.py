@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from weightsmith.evals.forward import moe, weights
 from weightsmith.evals.forward.stages import through
 from weightsmith.evals.forward.weights import Layer, Place
+from weightsmith.quant.multiply import linear
 from weightsmith.types import ModelConfig, Reader
 
 STEP_TOKENS = 2048  # on a CPU, larger steps are no faster and only leave the cache
@@ -123,10 +123,10 @@ class Decoder:
         if self._head is None and self._head_fits:
             self._head = weights.tensor(self.reader, name, self.place)
         if self._head is not None:
-            return self.scored(functional.linear(hidden, self._head).float())
+            return self.scored(linear(hidden, self._head).float())
         found = torch.empty(len(hidden), self.config.vocab_size, device=self.place.device)
         for start, rows in weights.slabs(self.reader, name):
-            found[:, start : start + len(rows)] = functional.linear(hidden, rows.to(*self.place))
+            found[:, start : start + len(rows)] = linear(hidden, rows.to(*self.place))
         return self.scored(found)
 
     def scored(self, products: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn import functional
 
+from weightsmith.quant.multiply import linear
 from weightsmith.types import ModelConfig
 
 Weights = Mapping[str, Tensor]
@@ -52,9 +52,9 @@ def linears(weights: Weights, tap: Tap | None, names: tuple[str, ...], into: Ten
     matrices = [weights[f"{name}.weight"] for name in names]
     if matrices[0].dtype == into.dtype:
         biases = [weights.get(f"{name}.bias") for name in names]
-        return [functional.linear(into, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
+        return [linear(into, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
     rounded = into.to(matrices[0].dtype)
-    found = [functional.linear(rounded, matrix).to(into.dtype) for matrix in matrices]
+    found = [linear(rounded, matrix).to(into.dtype) for matrix in matrices]
     for name, product in zip(names, found, strict=True):
         if f"{name}.bias" in weights:
             product.add_(weights[f"{name}.bias"])

@@ -7,7 +7,8 @@ lost before stays lost, and grows from layer to layer. Of all weights those with
     W + (W C + R) H^-1        H = sum of x̂ x̂^T,  C = sum of (x - x̂) x̂^T,  R = sum of (r - r̂) x̂^T over tokens
 
 come nearest to what the original puts out. For any Q the error is then what no weights can mend plus
-tr((V - Q) H (V - Q)^T) with these weights V, so whatever rounds W with H rounds V instead.
+tr((V - Q) H (V - Q)^T) with these weights V, so whatever rounds W with H rounds V instead. For a linear that adds to a
+stream W C + R is summed as a whole, from what W would be off by for every token: half of the products.
 
 H is shrunk and damped as for feedback (`moments`), and at most STRENGTH of the change is made. All of it would fit the
 rows at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it. Some
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from weightsmith.quant.algorithms.moments import factor, shrinkage
 from weightsmith.quant.calibration import Moments
+from weightsmith.quant.multiply import add_product, linear
 
 DAMP = 0.01
 STRENGTH = 0.6  # measured, see docs/LOG.md
@@ -34,38 +36,33 @@ STRENGTH = 0.6  # measured, see docs/LOG.md
 
 @dataclass(slots=True, eq=False)
 class Drift:
-    """How far the inputs of linears, and the stream that one adds to, are from the original model's.
+    """How far the inputs of linears are from the original model's, or what a linear that adds to a stream puts out.
 
-    size: the linears' in. width: of the stream, 0 if its output goes elsewhere. inputs, stream: C and R of the module's
-    text, float32 [in, in] and [width, in]. tokens: how many these count. held: tokens held out, part by part x̂, x - x̂
-    (both [tokens, in]) and r - r̂ ([tokens, width]), float32.
+    size: the linears' in. width: of the stream, 0 if their output goes elsewhere. sums: C, or W C + R of the module's
+    text, float32 [in, in] or [width, in]. tokens: how many it counts. held: tokens held out, part by part x̂ [tokens,
+    in] and what is lost of it, as `add` is given it, float32.
     """
 
     size: int
     width: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens: int = field(init=False, default=0)
-    inputs: Tensor = field(init=False)
-    stream: Tensor = field(init=False)
-    held: list[tuple[Tensor, Tensor, Tensor | None]] = field(init=False, default_factory=list)
+    sums: Tensor = field(init=False)
+    held: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.inputs = torch.zeros(self.size, self.size, device=self.device)
-        self.stream = torch.zeros(self.width, self.size, device=self.device)
+        self.sums = torch.zeros(self.width or self.size, self.size, device=self.device)
 
-    def add(self, original: Tensor, into: Tensor, off: Tensor | None = None) -> None:
-        """Count the original's inputs [..., in] beside those there are, and how far the stream is off [..., width]."""
+    def add(self, lost: Tensor, into: Tensor) -> None:
+        """Count tokens: x̂ [..., in], and of it x - x̂ [..., in] or, for a stream, W (x - x̂) + r - r̂ [..., width]."""
         rows = into.reshape(-1, self.size).float()
         self.tokens += len(rows)
-        self.inputs.addmm_((original.reshape(-1, self.size).float() - rows).T, rows)
-        if off is not None:
-            self.stream.addmm_(off.reshape(-1, self.width).float().T, rows)
+        add_product(self.sums, lost.reshape(len(rows), -1).float(), rows)
 
-    def hold(self, original: Tensor, into: Tensor, off: Tensor | None = None) -> None:
+    def hold(self, lost: Tensor, into: Tensor) -> None:
         """Keep the same of tokens to judge by, which are not counted."""
         rows = into.reshape(-1, self.size).float()
-        lost = original.reshape(-1, self.size).float() - rows
-        self.held.append((rows.clone(), lost, None if off is None else off.reshape(-1, self.width).float().clone()))
+        self.held.append((rows.clone(), lost.reshape(len(rows), -1).float().clone()))
 
 
 @torch.no_grad()
@@ -78,9 +75,7 @@ def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
     if drift.size != w.shape[1] or drift.width not in (0, len(w)):
         raise ValueError(f"drift of {drift.size} inputs and {drift.width} outputs for a matrix {list(w.shape)}")
     w = w.float()
-    wanted = w @ drift.inputs
-    if drift.width:
-        wanted += drift.stream
+    wanted = drift.sums if drift.width else w @ drift.sums
     if not bool(wanted.any()):
         return w
     order = torch.arange(w.shape[1], device=w.device)
@@ -95,10 +90,8 @@ def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
 def _share(w: Tensor, change: Tensor, drift: Drift) -> float:
     """How much of `change` is made: the share that is best for tokens held out, within [0, STRENGTH]."""
     along = length = 0.0
-    for into, lost, off in drift.held:
-        made, wanted = into @ change.T, lost @ w.T
-        if off is not None:
-            wanted += off
+    for into, lost in drift.held:
+        made, wanted = linear(into, change), lost if drift.width else linear(lost, w)
         along += float((made * wanted).sum(dtype=torch.float64))
         length += float(made.square().sum(dtype=torch.float64))
     return min(STRENGTH, along / length) if along > 0 < length else 0.0

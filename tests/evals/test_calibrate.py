@@ -18,6 +18,7 @@ from weightsmith.errors import IntegrityError, UsageError
 from weightsmith.evals.calibration import Block, Options, calibrate, imatrix, products
 from weightsmith.evals.calibration.rows import draw
 from weightsmith.evals.calibration.states import States
+from weightsmith.evals.forward import stages
 from weightsmith.quant.calibration import Moments
 
 CTX = 16
@@ -108,14 +109,14 @@ def test_replaced_weights_are_what_the_rows_pass_through() -> None:
 def test_every_linear_computes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many groups a layer is measured in, and from rows that were drawn before as from a text."""
     calls = 0
-    plain = torch.nn.functional.linear
+    plain = stages.linear
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return plain(*arguments)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    monkeypatch.setattr(stages, "linear", counted)
     reader = model()
     for _ in calibrate(reader, draw(reader, TEXT, ALL), ALL):
         pass

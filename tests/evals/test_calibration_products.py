@@ -36,7 +36,7 @@ def test_products_are_in_bfloat16_where_the_processor_has_instructions_for_it(
 def test_rows_go_through_in_bfloat16_and_moments_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.install(monkeypatch)
     monkeypatch.setattr(products, "is_quick", lambda _device: True)
-    linear, add = torch.nn.functional.linear, Moments.add
+    linear, add = stages.linear, Moments.add
     seen: dict[str, set[torch.dtype]] = {"linear": set(), "add": set()}
 
     def watched_linear(x: Tensor, weight: Tensor, *more: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ def test_rows_go_through_in_bfloat16_and_moments_are_summed_in_float32(monkeypat
         assert not torch.equal(x, x.bfloat16().float())  # not a rounded input in a wider type
         add(self, x)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", watched_linear)
+    monkeypatch.setattr(stages, "linear", watched_linear)
     monkeypatch.setattr(Moments, "add", watched_add)
     for block in calibrate(tiny(tokenizer=letters.vocab()), TEXT, ALL):
         assert {block.weights[name].dtype for name in block.weights} == {torch.float32}  # for whoever quantizes it

@@ -28,14 +28,15 @@ def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
 
 
 def measured(
-    original: torch.Tensor, ours: torch.Tensor, off: torch.Tensor | None, *, parts: int = 3
+    w: torch.Tensor, original: torch.Tensor, ours: torch.Tensor, off: torch.Tensor | None, *, parts: int = 3
 ) -> tuple[Moments, Drift]:
+    lost = original - ours if off is None else (original - ours) @ w.T + off
     moments, drift = Moments(IN), Drift(IN, 0 if off is None else OUT)
     for chosen in torch.arange(TOKENS).split([COUNTED, HELD]):
         take = drift.add if chosen[0] < COUNTED else drift.hold
         for some in chosen.chunk(parts):
             moments.add(ours[some])
-            take(original[some], ours[some][None], None if off is None else off[some])
+            take(lost[some], ours[some][None])
     return moments, drift
 
 
@@ -49,7 +50,7 @@ def lost(v: torch.Tensor, w: torch.Tensor, original: torch.Tensor, ours: torch.T
 def test_it_is_ridge_regression(with_stream: bool) -> None:
     """Shrinking and damping H are rows of data that ask for W itself, so ordinary least squares is the oracle."""
     w, original, ours, off = drawn()
-    moments, drift = measured(original, ours, off if with_stream else None)
+    moments, drift = measured(w, original, ours, off if with_stream else None)
     found = made_up_for(w, moments, drift).double()
 
     x, wanted = ours.double(), original.double() @ w.double().T
@@ -65,7 +66,7 @@ def test_it_is_ridge_regression(with_stream: bool) -> None:
 
 def test_what_is_put_out_comes_nearer() -> None:
     w, original, ours, off = drawn()
-    v = made_up_for(w, *measured(original, ours, off))
+    v = made_up_for(w, *measured(w, original, ours, off))
     assert lost(v, w, original, ours, off) < 0.5 * lost(w, w, original, ours, off)
 
 
@@ -77,7 +78,7 @@ def test_it_is_never_worse_on_tokens_held_out(seed: int, strength: float, monkey
     w, _, ours, off = drawn(seed)
     rng = torch.Generator().manual_seed(seed)
     original, off = ours + 0.1 * torch.randn(TOKENS, IN, generator=rng), torch.randn(TOKENS, OUT, generator=rng)
-    v = made_up_for(w, *measured(original, ours, off))
+    v = made_up_for(w, *measured(w, original, ours, off))
     assert lost(v, w, original, ours, off) <= lost(w, w, original, ours, off) * (1 + 1e-6)
 
 
@@ -86,12 +87,12 @@ def test_no_more_is_made_than_is_best_for_tokens_held_out(monkeypatch: pytest.Mo
     original[COUNTED:] = 0.7 * ours[COUNTED:] + 0.3 * original[COUNTED:]  # they drift by less
     off[COUNTED:] *= 0.3
     monkeypatch.setattr(algorithm, "STRENGTH", 100.0)
-    v = made_up_for(w, *measured(original, ours, off))
+    v = made_up_for(w, *measured(w, original, ours, off))
     best = lost(v, w, original, ours, off)
     for share in (0.5, 0.9, 1.1, 2.0):
         assert lost(w + share * (v - w), w, original, ours, off) > best
     monkeypatch.setattr(algorithm, "STRENGTH", 0.1)
-    less = made_up_for(w, *measured(original, ours, off))
+    less = made_up_for(w, *measured(w, original, ours, off))
     assert float((less - w).norm()) < 0.5 * float((v - w).norm())
 
 
@@ -99,32 +100,32 @@ def test_w_stays_where_tokens_held_out_drift_the_other_way() -> None:
     w, original, ours, off = drawn()
     original[COUNTED:] = 2 * ours[COUNTED:] - original[COUNTED:]
     off[COUNTED:] *= -1
-    assert torch.equal(made_up_for(w, *measured(original, ours, off)), w)
+    assert torch.equal(made_up_for(w, *measured(w, original, ours, off)), w)
 
 
 def test_w_stays_where_nothing_is_held_out() -> None:
     w, original, ours, off = drawn()
-    moments, drift = measured(original, ours, off)
+    moments, drift = measured(w, original, ours, off)
     drift.held.clear()
     assert torch.equal(made_up_for(w, moments, drift), w)
 
 
 def test_nothing_drifted() -> None:
     w, _, ours, _ = drawn()
-    moments, drift = measured(ours, ours, torch.zeros(TOKENS, OUT))
+    moments, drift = measured(w, ours, ours, torch.zeros(TOKENS, OUT))
     assert torch.equal(made_up_for(w, moments, drift), w)
     assert torch.equal(made_up_for(w.half(), moments, drift), w.half().float())
 
 
 def test_tokens_may_come_in_any_parts() -> None:
     w, original, ours, off = drawn()
-    one, other = (made_up_for(w, *measured(original, ours, off, parts=parts)) for parts in (1, 7))
+    one, other = (made_up_for(w, *measured(w, original, ours, off, parts=parts)) for parts in (1, 7))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_belong_together() -> None:
     w, original, ours, off = drawn()
-    moments, drift = measured(original, ours, off)
+    moments, drift = measured(w, original, ours, off)
     with pytest.raises(ValueError, match="10 inputs and 6 outputs"):
         made_up_for(w[:4], moments, drift)
     with pytest.raises(ValueError, match="matrix"):
