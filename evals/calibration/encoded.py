@@ -26,7 +26,7 @@ from weightsmith.errors import WeightsmithError
 from weightsmith.evals.calibration.best import Best, costs, give, is_over, passes
 from weightsmith.evals.calibration.cost import Cost
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Run, wanted
+from weightsmith.evals.calibration.stream import Block, Run, nearest, wanted
 from weightsmith.evals.calibration.work import Parts, Work, fingerprint
 from weightsmith.evals.forward import load
 from weightsmith.evals.forward.weights import Later
@@ -205,22 +205,20 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
     stored: Parts = {}
     for names in block.groups():
         moments, inputs = block.moments[names[0]], None
-        for name, w in zip(names, wanted(block, names), strict=True):
+        for name, choices in zip(names, wanted(block, names), strict=True):
             codec = options.layouts[name]
             key = name.removeprefix(block.prefix)
+            if codec not in codecs.OPEN and codec != "Q8_0":
+                continue
             try:
-                if codec in codecs.OPEN:
-                    if inputs is None:
-                        inputs = Inputs.of(moments.h, options.damp, shrinkage(moments.size, moments.tokens))
-                    packed, q = compensated.encode(codec, w, inputs, sweeps=options.sweeps, effort=options.effort)
-                elif codec == "Q8_0":
-                    packed = codecs.encode(codec, w.cpu().numpy())
-                    q = torch.from_numpy(codecs.decode(codec, packed, w.shape[1])).to(w.device)
-                else:
-                    continue
+                if codec in codecs.OPEN and inputs is None:
+                    inputs = Inputs.of(moments.h, options.damp, shrinkage(moments.size, moments.tokens))
+                made = [_encoded(codec, w, inputs, options) for w in choices]
             except WeightsmithError as error:
                 error.tensor = error.tensor or name
                 raise
+            chosen = nearest(block, name, choices[0], [q for _, q in made])
+            (packed, q), w = made[chosen], choices[chosen]
             lost, whole = loss_of(w, q, moments.h), loss_of(w, None, moments.h)
             stored[key] = packed
             stored[key + _LOSS] = np.array([lost / whole if whole else math.nan], np.float32)
@@ -229,3 +227,11 @@ def _encode_block(block: Block, options: EncodedOptions) -> Parts:
             else:  # as it is stored, so that a layer's experts are never in memory together as floats
                 block.weights[key] = Later(tuple(q.shape), partial(_floats, codec, packed, w.shape[1]))
     return stored
+
+
+def _encoded(codec: str, w: Tensor, inputs: Inputs | None, options: EncodedOptions) -> tuple[Packed, Tensor]:
+    """Packed rows of a matrix, and what they decode to."""
+    if codec in codecs.OPEN and inputs is not None:
+        return compensated.encode(codec, w, inputs, sweeps=options.sweeps, effort=options.effort)
+    packed = codecs.encode(codec, w.cpu().numpy())
+    return packed, torch.from_numpy(codecs.decode(codec, packed, w.shape[1])).to(w.device)

@@ -29,7 +29,7 @@ from weightsmith.evals.calibration.best import Best, costs, give, is_over, passe
 from weightsmith.evals.calibration.cost import Cost
 from weightsmith.evals.calibration.fold import fold
 from weightsmith.evals.calibration.rows import Options, draw
-from weightsmith.evals.calibration.stream import Block, Finished, Prepare, wanted
+from weightsmith.evals.calibration.stream import Block, Finished, Prepare, nearest, wanted
 from weightsmith.evals.calibration.work import Parts, Work, decoded, fingerprint, parts_of
 from weightsmith.evals.forward import load, weights
 from weightsmith.evals.forward.weights import Later
@@ -41,7 +41,7 @@ from weightsmith.formats.gptq.settings import Settings
 from weightsmith.quant.algorithms import gptq
 from weightsmith.quant.algorithms.gptq import Method
 from weightsmith.quant.algorithms.moments import loss_of, shrinkage
-from weightsmith.quant.algorithms.rtn import Grid, Quantized
+from weightsmith.quant.algorithms.rtn import Grid
 from weightsmith.quant.algorithms.scales import Movable
 from weightsmith.quant.calibration import Moments
 from weightsmith.quant.recipes import is_matrix
@@ -278,15 +278,20 @@ def _quantize_block(block: Block, layout: AnyLayout, options: PackedOptions, los
         moments, parts = block.moments[names[0]], list(wanted(block, names))
         h, shrink = moments.h, shrinkage(moments.size, moments.tokens)
         try:
-            found = gptq.quantize(torch.cat(parts), h, options.grid, options.method, shrink=shrink)
+            made = [
+                gptq.quantize(torch.cat(some), h, options.grid, options.method, shrink=shrink)
+                for some in zip(*parts, strict=True)
+            ]
         except WeightsmithError as error:
             error.tensor = error.tensor or names[0]
             raise
         start = 0
-        for name, key, part in zip(names, keys, parts, strict=True):
-            stop = start + len(part)
-            one = Quantized(found.codes[start:stop], found.scales[start:stop], found.zeros[start:stop], found.g_idx)
-            q = one.dequantize()
+        for name, key, choices in zip(names, keys, parts, strict=True):
+            stop = start + len(choices[0])
+            found = [one.rows(start, stop) for one in made]
+            rounded = [one.dequantize() for one in found]
+            chosen = nearest(block, name, choices[0], rounded)
+            one, q, part = found[chosen], rounded[chosen], choices[chosen]
             lost, whole = loss_of(part, q, h), loss_of(part, None, h)
             losses[name] = lost / whole if whole else math.nan
             stem = key.removesuffix(".weight")

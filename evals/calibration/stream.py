@@ -44,7 +44,7 @@ from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.evals.forward.stages import Stage
 from weightsmith.evals.forward.weights import Later, Layer
 from weightsmith.progress import progress
-from weightsmith.quant.algorithms.drift import Drift, made_up_for
+from weightsmith.quant.algorithms.drift import Drift, error_of, made_up_for
 from weightsmith.quant.calibration import Moments
 from weightsmith.types import Reader
 
@@ -282,8 +282,9 @@ def held_out(rows: int) -> int:
     return max(1, min(rows // HELD_OUT, MOST_HELD_OUT)) if rows > 1 else 0
 
 
-def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
-    """The weights float32 [out, in] that linears of one group of `block`, by canonical name, are to be quantized to.
+def wanted(block: Block, names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
+    """What linears of one group of `block`, by canonical name, may be quantized to: of each its own weights float32
+    [out, in], and where something was lost before it, others that make up for that.
 
     One by one, where they do not depend on each other: an expert's are loaded only then. Raises IntegrityError, naming
     the first of them, for second moments without a factor.
@@ -291,7 +292,7 @@ def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
     keys, drift = [name.removeprefix(block.prefix) for name in names], block.drifts.get(names[0])
     if drift is None:
         for key in keys:
-            yield block.weights[key].float()
+            yield (block.weights[key].float(),)
         return
     w = torch.cat([block.weights[key].float() for key in keys])
     try:
@@ -299,7 +300,20 @@ def wanted(block: Block, names: Sequence[str]) -> Iterator[Tensor]:
     except WeightsmithError as error:
         error.tensor = error.tensor or names[0]
         raise
-    yield from torch.split(found, [block.weights.shape(key)[0] for key in keys])
+    counts = [block.weights.shape(key)[0] for key in keys]
+    yield from zip(*(torch.split(one, counts) for one in ([w] if found is w else [w, found])), strict=True)
+
+
+def nearest(block: Block, name: str, w: Tensor, rounded: Sequence[Tensor]) -> int:
+    """Which of those that a linear's own weights w and others that are `wanted` were rounded to is to be taken: the one
+    whose outputs are nearest to the original's on rows held out."""
+    if len(rounded) == 1:
+        return 0
+    errors = [error_of(w, q, block.drifts[name]) for q in rounded]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    if not best:
+        log.info("%s: on rows held out nothing is nearer to the original's outputs than its own weights, rounded", name)
+    return best
 
 
 def calibrate(  # noqa: PLR0913  (every choice, all by keyword)

@@ -13,7 +13,8 @@ stream W C + R is summed as a whole, from what W would be off by for every token
 H is shrunk and damped as for feedback (`moments`), and at most STRENGTH of the change is made. All of it would fit the
 rows at hand too well: drift would all but vanish on them and go on elsewhere, and later layers would not see it. Some
 tokens are held out of C and R. Less is made where less brings their outputs nearest to the original's, and nothing
-where any of it takes them further away, so before rounding no linear is worse for it.
+where any of it takes them further away. And what V is rounded to is held against what W itself is rounded to
+(`error_of`), so on these tokens no linear is worse for it.
 
 Ref: GPTAQ, Li et al., arXiv 2504.02692 (its "asymmetric calibration"); QEP, Arai and Ichikawa, arXiv 2504.09629 (whose
 strength is tunable, too).
@@ -87,11 +88,26 @@ def made_up_for(w: Tensor, moments: Moments, drift: Drift) -> Tensor:
     return change.mul_(share).add_(w) if share else w
 
 
+@torch.no_grad()
+def error_of(w: Tensor, q: Tensor, drift: Drift) -> float:
+    """How far what q puts out is from the original's, squared and summed over tokens held out; w: its own weights."""
+    total = 0.0
+    for into, lost in drift.held:
+        off = linear(into, q.float() - w.float()).sub_(_wanted(w, lost, drift))
+        total += float(off.square().sum(dtype=torch.float64))
+    return total
+
+
+def _wanted(w: Tensor, lost: Tensor, drift: Drift) -> Tensor:
+    """What is lost of the outputs of tokens held out."""
+    return lost if drift.width else linear(lost, w.float())
+
+
 def _share(w: Tensor, change: Tensor, drift: Drift) -> float:
     """How much of `change` is made: the share that is best for tokens held out, within [0, STRENGTH]."""
     along = length = 0.0
     for into, lost in drift.held:
-        made, wanted = linear(into, change), lost if drift.width else linear(lost, w)
+        made, wanted = linear(into, change), _wanted(w, lost, drift)
         along += float((made * wanted).sum(dtype=torch.float64))
         length += float(made.square().sum(dtype=torch.float64))
     return min(STRENGTH, along / length) if along > 0 < length else 0.0

@@ -82,6 +82,10 @@ class Quantized:
     zeros: Tensor
     g_idx: Tensor
 
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Its rows [start, stop), not copied."""
+        return Quantized(self.codes[start:stop], self.scales[start:stop], self.zeros[start:stop], self.g_idx)
+
     def dequantize(self) -> Tensor:
         """The weights it stands for, float32 [out, in]."""
         rows, columns = self.codes.shape

@@ -18,7 +18,7 @@ from tests.evals.test_calibrate_experts import MIXTRAL
 from weightsmith.errors import IntegrityError
 from weightsmith.evals.calibration import calibrate, products
 from weightsmith.evals.calibration.rows import draw
-from weightsmith.evals.calibration.stream import held_out, wanted
+from weightsmith.evals.calibration.stream import held_out, nearest, wanted
 
 CLOSING = ("o_proj.weight", "down_proj.weight")
 
@@ -104,6 +104,32 @@ def test_rows_held_out_are_what_the_model_is_fed() -> None:
             return
         for other in block.moments:
             block.weights[other.removeprefix(block.prefix)] = torch.from_numpy(changed[other])
+    pytest.fail("it was not measured")
+
+
+def test_what_is_nearest_on_rows_held_out_is_taken() -> None:
+    reader = model()
+    changed = changed_like(reader)
+    rows = draw(reader, TEXT, ALL)
+    before, after = inputs_by_hooks(reader, rows), inputs_by_hooks(MemoryReader(reader.config, changed), rows)
+    for block in calibrate(reader, TEXT, ALL, drift=True):
+        for name, choices in zip(block.moments, wanted(block, list(block.moments)), strict=True):
+            w = choices[0]
+            assert torch.equal(w, block.weights[name.removeprefix(block.prefix)])
+            if name == "model.layers.1.self_attn.q_proj.weight":
+                assert len(choices) == 2  # something was lost before it
+                held = slice(-rows.shape[1], None)
+                for seed in range(4):
+                    noise = 0.05 * torch.randn(2, *w.shape, generator=torch.Generator().manual_seed(seed))
+                    rounded = [one + by for one, by in zip(choices, noise, strict=True)]
+                    outputs = [after[name][held] @ q.double().T for q in rounded]
+                    errors = [float((out - before[name][held] @ w.double().T).square().sum()) for out in outputs]
+                    assert nearest(block, name, w, rounded) == errors.index(min(errors))
+                    assert nearest(block, name, w, rounded[::-1]) == 1 - errors.index(min(errors))
+                assert nearest(block, name, w, rounded[:1]) == 0
+                return
+        for name in block.moments:
+            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     pytest.fail("it was not measured")
 
 
