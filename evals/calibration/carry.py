@@ -2,7 +2,7 @@
 
 The stream is replaced in place. The other tensor has another width after every stage, so there are two of it while a
 stage runs. The memory budget covers all of them but a quarter, which is for the stage itself; what finds no room lies
-in a file (`states`). A file serves the next layer again: writing over one takes a third of the time.
+in a file (`states`). A file serves the next layer again: to write over one costs less than a new one.
 """
 
 from __future__ import annotations
