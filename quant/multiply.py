@@ -21,7 +21,7 @@ LEAST = 1 << 24  # multiplications; with fewer, the call is what counts
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times w [out, in] transposed, plus bias [out]: [..., out]."""
-    operator = _onednn() if _is_for_it(x, w) else None
+    operator = _operator(x, w)
     if operator is None or x.numel() * len(w) < LEAST:
         return functional.linear(x, w, bias)
     found: Tensor = operator(x.contiguous(), w, bias, "none", [], "")
@@ -30,16 +30,16 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a^T b to sums [m, n], for a [tokens, m] and b [tokens, n]."""
-    if _onednn() is not None and _is_for_it(a, b):
-        sums += linear(a.T, b.T)
-    else:
+    if _operator(a, b) is None:
         sums.addmm_(a.T, b)
+    else:
+        sums += linear(a.T, b.T)
 
 
 def add_square(sums: Tensor, rows: Tensor, strip: int) -> None:
     """Add rows^T rows to sums [n, n], for rows [tokens, n]: what lies above the diagonal, on it, and within squares of
     `strip` columns on it."""
-    quick = _onednn() is not None and _is_for_it(rows, rows)
+    quick = _operator(rows, rows) is not None
     columns = rows.T.contiguous() if quick else rows.T
     for start in range(0, len(sums), strip):
         here = sums[start : start + strip, start:]
@@ -49,10 +49,12 @@ def add_square(sums: Tensor, rows: Tensor, strip: int) -> None:
             here.addmm_(columns[start : start + strip], rows[:, start:])
 
 
-def _is_for_it(x: Tensor, w: Tensor) -> bool:
-    """Whether oneDNN's operator could multiply them."""
+def _operator(x: Tensor, w: Tensor) -> Any:
+    """oneDNN's operator, if it is to multiply them; else None."""
     differentiated = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and not differentiated
+    if x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and not differentiated:
+        return _onednn()
+    return None
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.evals.oracle import oracle
 from tests.evals.test_calibrate import ALL, TEXT, inputs_by_hooks, model
 from tests.evals.test_calibrate_experts import MIXTRAL
 from weightsmith.errors import IntegrityError
-from weightsmith.evals.calibration import calibrate, products
+from weightsmith.evals.calibration import Block, calibrate, products
 from weightsmith.evals.calibration.rows import draw
 from weightsmith.evals.calibration.stream import held_out, nearest, wanted
 
@@ -37,10 +38,18 @@ def changed_like(reader: MemoryReader, *, seed: int = 5) -> dict[str, np.ndarray
     }
 
 
+def blocks(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any) -> Iterator[Block]:
+    """What is measured while every linear is replaced in turn."""
+    for block in calibrate(reader, TEXT, options.pop("options", ALL), drift=True, **options):
+        yield block
+        for name in block.moments:
+            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
+
+
 def drifts(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:
     """What is measured while every linear is replaced in turn, tokens held out among the others, by canonical name."""
     found = {}
-    for block in calibrate(reader, TEXT, options.pop("options", ALL), drift=True, **options):
+    for block in blocks(reader, changed, **options):
         for name in block.moments:
             if name in block.drifts:
                 drift = block.drifts[name]
@@ -50,7 +59,6 @@ def drifts(reader: MemoryReader, changed: dict[str, np.ndarray], **options: Any)
                     tokens += len(into)
                 assert tokens == block.moments[name].tokens > drift.tokens > 0
                 found[name] = (sums, tokens)
-            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     return found
 
 
@@ -97,13 +105,11 @@ def test_rows_held_out_are_what_the_model_is_fed() -> None:
     rows = draw(reader, TEXT, ALL)
     ours = inputs_by_hooks(MemoryReader(reader.config, changed), rows)
     name = "model.layers.1.mlp.down_proj.weight"
-    for block in calibrate(reader, TEXT, ALL, drift=True):
+    for block in blocks(reader, changed):
         if name in block.drifts:
             ((into, _),) = block.drifts[name].held
             torch.testing.assert_close(into.double(), ours[name][-rows.shape[1] :], rtol=1e-3, atol=2e-2)
             return
-        for other in block.moments:
-            block.weights[other.removeprefix(block.prefix)] = torch.from_numpy(changed[other])
     pytest.fail("it was not measured")
 
 
@@ -112,7 +118,7 @@ def test_what_is_nearest_on_rows_held_out_is_taken() -> None:
     changed = changed_like(reader)
     rows = draw(reader, TEXT, ALL)
     before, after = inputs_by_hooks(reader, rows), inputs_by_hooks(MemoryReader(reader.config, changed), rows)
-    for block in calibrate(reader, TEXT, ALL, drift=True):
+    for block in blocks(reader, changed):
         for name, choices in zip(block.moments, wanted(block, list(block.moments)), strict=True):
             w = choices[0]
             assert torch.equal(w, block.weights[name.removeprefix(block.prefix)])
@@ -128,8 +134,6 @@ def test_what_is_nearest_on_rows_held_out_is_taken() -> None:
                     assert nearest(block, name, w, rounded[::-1]) == 1 - errors.index(min(errors))
                 assert nearest(block, name, w, rounded[:1]) == 0
                 return
-        for name in block.moments:
-            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     pytest.fail("it was not measured")
 
 
@@ -186,7 +190,7 @@ def test_what_does_not_go_together() -> None:
 def test_second_moments_without_a_factor_name_the_tensor() -> None:
     reader = model()
     changed = changed_like(reader)
-    for block in calibrate(reader, TEXT, ALL, drift=True):
+    for block in blocks(reader, changed):
         names = list(block.moments)
         if block.drifts[names[0]].sums.any():
             block.moments[names[0]].h.fill_(float("nan"))
@@ -194,6 +198,4 @@ def test_second_moments_without_a_factor_name_the_tensor() -> None:
                 list(wanted(block, names))
             assert caught.value.tensor == names[0]
             return
-        for name in names:
-            block.weights[name.removeprefix(block.prefix)] = torch.from_numpy(changed[name])
     pytest.fail("nothing drifted")
