@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weightsmith.evals.calibration import routed
+from weightsmith.evals.forward.beside import Beside
 from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.quant.algorithms.drift import Drift
 from weightsmith.quant.calibration import Moments
-from weightsmith.quant.multiply import linear
-
-
-class Beside(NamedTuple):
-    """Of a step of the original's rows, what feeds its linears.
-
-    counted: so many of them, the first, are counted, the others held out to judge by. off: where the one linear adds to
-    a stream, how far ours is off in that, and matrix: its weights.
-    """
-
-    into: Tensor
-    counted: int
-    off: Tensor | None = None
-    matrix: Tensor | None = None
-
-    def lost(self, into: Tensor) -> Tensor:
-        """What `Drift` counts, ours being fed `into`."""
-        lost = self.into - into
-        if self.matrix is None or self.off is None:
-            return lost
-        return linear(lost.to(self.matrix.dtype), self.matrix).to(lost.dtype).add_(self.off)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,15 +30,16 @@ class Collector:
     drifts: dict[str, Drift] = field(default_factory=dict)
     beside: Beside | None = None
 
-    def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
+    def __call__(self, names: tuple[str, ...], into: Tensor, beside: Beside | None = None) -> None:
         """Count the input of the linears `names`; raises EnoughError where the evaluation need not go on."""
         if not self.wants(names, into.shape[-1]):
             return
         if names[0] not in self.found:
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
         self.found[names[0]].add(into)
-        if self.beside is not None:
-            self._compare(names, into, self.beside)
+        beside = beside or self.beside
+        if beside is not None:
+            self._compare(names, into, beside)
         if self.one_group and routed.stage_of(names[0]) is None:
             raise EnoughError
 
@@ -84,5 +64,7 @@ class Collector:
     def _has_room(self, name: str, size: int) -> bool:
         """Whether an expert's linear belongs to the stage under way and its moments fit in."""
         stage = routed.stage_of(next(iter(self.found)))
-        held = {id(moments): 4 * moments.size**2 for moments in self.found.values()}
-        return stage is not None and routed.stage_of(name) == stage and sum(held.values()) + 4 * size**2 <= self.room
+        count = len({id(moments) for moments in self.found.values()})
+        drift = next(iter(self.drifts.values()), None)
+        each = 4 * (size**2 + (0 if drift is None else drift.sums.numel()))
+        return stage is not None and routed.stage_of(name) == stage and (count + 1) * each <= self.room

@@ -10,7 +10,8 @@ none. Error feedback by such a matrix would fit noise. So it is filled up to in/
 - w2: by tokens of equal, independent channels of this expert's own mean energy (of 1 if it saw nothing), because a
   channel of one expert has nothing to do with that channel of another. Rounding to nearest is the limit of this.
 
-Which experts were filled up is logged. An imatrix is not touched: it counts tokens for each expert, and says 0.
+Which experts were filled up is logged. They are quantized to their own weights, best effort or not. An imatrix is not
+touched: it counts tokens for each expert, and says 0.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def unseen(layer: Iterable[str], found: Collection[str], known: Collection[str])
     names = [name.removesuffix(".weight") for name in layer if name.endswith(".weight")]
     begun = {stage_of(name) for name in found} - {None}
     return [name for name in names if stage_of(name) in begun and name not in known and name not in found]
+
+
+def suffices(name: str, moments: Moments) -> bool:
+    """Whether moments, not filled up yet, need no filling up: an expert's linear's of enough tokens, or another's."""
+    return stage_of(name) is None or moments.tokens >= moments.size // _ENOUGH
 
 
 def fill_up(found: dict[str, Moments], missing: Iterable[str], sizes: Mapping[str, int], place: str) -> None:

@@ -9,8 +9,9 @@ evaluation. Only a mixture of experts, which is one stage, is evaluated again fo
 and `forward.moe` how its experts are loaded one by one.
 
 With `drift` the original's rows go along, a stage ahead: what feeds its linears is compared with what feeds ours, and a
-consumer can choose weights that make up for what is off (`quant.algorithms.drift`). Experts are left out: routing sends
-them other tokens than in the original.
+consumer can choose weights that make up for what is off (`quant.algorithms.drift`). An expert is compared on the tokens
+that it is sent in ours, whatever experts the original sends them to. Where each token's shares sum to 1, every expert
+it is sent to makes up for all that the stream has lost; experts that saw too few tokens make up for nothing.
 
 Scales that move between linears (`prepare`) are told before a group is quantized: from its own moments where a norm
 feeds it, and where one of its linears feeds the next group from moments of that, which a sample of the rows is sent
@@ -36,10 +37,11 @@ from torch import Tensor
 from weightsmith.errors import WeightsmithError
 from weightsmith.evals.calibration import products, routed
 from weightsmith.evals.calibration.carry import Carry
-from weightsmith.evals.calibration.collector import Beside, Collector
+from weightsmith.evals.calibration.collector import Collector
 from weightsmith.evals.calibration.rows import Options, draw
 from weightsmith.evals.engines.torch import threads
 from weightsmith.evals.forward import Decoder, load, moe, weights
+from weightsmith.evals.forward.beside import Beside
 from weightsmith.evals.forward.moe import EnoughError
 from weightsmith.evals.forward.stages import Stage
 from weightsmith.evals.forward.weights import Later, Layer
@@ -129,9 +131,16 @@ class Run:
 
     @torch.no_grad()
     def compare(self, layer: Layer, unchanged: Layer, stage: Stage, original: Carry, tap: Collector) -> None:
-        """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears."""
+        """Send the original's rows through a stage of `unchanged` weights, and ours up to its linears.
+
+        Of a mixture, whose linears are several groups, the original's rows stay where they are.
+        """
         place, config = self.decoder.place, self.decoder.config
         multiplied = products.multiplied(unchanged, place.device)
+        if not stage.linears:
+            quantized = products.multiplied(layer, place.device)
+            self._by_expert(quantized, (), self.carry, tap=tap, keep=False, unchanged=multiplied)
+            return
         learnt = original.rows - held_out(original.rows)
         matrix = multiplied[f"{stage.linears[0]}.weight"] if stage.adds else None
         for start in range(0, original.rows, self.step):
@@ -148,21 +157,38 @@ class Run:
         original.turn()
 
     def _by_expert(
-        self, layer: Layer, before: Sequence[Stage], carry: Carry, *, tap: Collector | None, keep: bool
+        self,
+        layer: Layer,
+        before: Sequence[Stage],
+        carry: Carry,
+        *,
+        tap: Collector | None,
+        keep: bool,
+        unchanged: Layer | None = None,
     ) -> None:
-        """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds."""
+        """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds.
+
+        unchanged: the original's weights, if the tap is to compare.
+        """
         place, config = self.decoder.place, self.decoder.config
         row = 4 * carry.length * config.hidden_size
-        at_once = max(1, self.decoder.memory // 4 // row // self.step) * self.step  # states, and sums of the experts
+        kept = 2 if unchanged is None else 3  # states, sums of the experts, the original's states
+        at_once = max(1, self.decoder.memory // 2 // kept // row // self.step) * self.step
+        learnt = carry.rows - held_out(carry.rows)
         for first in range(0, carry.rows, at_once):
-            steps = []
+            steps, theirs = [], []
             for start in range(first, min(first + at_once, carry.rows), self.step):
                 carried = carry.take(start, min(start + self.step, first + at_once), place)
                 for stage in before:
                     carried = stage.run(layer, carried, self.tables, config, tap)
                 steps.append(carried[0] if before else carried[0].clone())
+                if unchanged is not None and self.original is not None:
+                    (x,) = self.original.take(start, min(start + self.step, first + at_once), place)
+                    theirs.append((x, max(0, learnt - start) * carry.length))
                 del carried
-            moe.evaluate(self.decoder.kind.MIXTURE, layer, steps, self.tables, config, tap, keep=keep)
+            original = None if unchanged is None else moe.Original(unchanged, theirs)
+            mixture = self.decoder.kind.MIXTURE
+            moe.evaluate(mixture, layer, steps, self.tables, config, tap, keep=keep, original=original)
             for number, x in enumerate(steps if keep else ()):
                 carry.put(first + number * self.step, (x,))
 
@@ -199,12 +225,10 @@ class Run:
         original = self.original
         unchanged = layer if original is None else layer.copy()
         for at, stage in enumerate(stages):
-            if original is not None and not stage.linears:
-                self.evaluate(unchanged, [stage], carry=original)
             while (set(stage.linears) or matrices) - done:
                 tap = Collector(self.decoder.place.device, full=True, one_group=True, done=done)
                 tap.room = self.decoder.memory
-                if original is not None and stage.linears:
+                if original is not None:
                     self.compare(layer, unchanged, stage, original, tap)
                 else:
                     self.evaluate(layer, [stage], tap=tap, keep=False)
@@ -218,11 +242,14 @@ class Run:
                 yield block
                 block.moments.clear()
                 block.drifts.clear()
+            if original is not None and not stage.linears:
+                self.evaluate(unchanged, [stage], carry=original)
             self.evaluate(layer, [stage])
 
     def _block(self, index: int, layer: Layer, tap: Collector, *, full: bool) -> Block:
         """What a tap found, with experts that saw too little filled up."""
         prefix = self.decoder.kind.LAYER.format(index)
+        drifts = {name: found for name, found in tap.drifts.items() if routed.suffices(name, tap.found[name])}
         if full:
             missing = routed.unseen(layer, tap.found, tap.done | tap.passed)
             sizes = {name: layer.shape(f"{name}.weight")[-1] for name in missing}
@@ -230,8 +257,7 @@ class Run:
         moments = {f"{prefix}{name}.weight": found for name, found in tap.found.items()}
         for name, found in moments.items():
             found.check(name)
-        drifts = {f"{prefix}{name}.weight": found for name, found in tap.drifts.items()}
-        return Block(index, prefix, layer, moments, drifts)
+        return Block(index, prefix, layer, moments, {f"{prefix}{name}.weight": found for name, found in drifts.items()})
 
     def _ahead(self, block: Block, stages: Sequence[Stage]) -> dict[str, Moments]:
         """Moments of the second stage's group on a sample of rows, if scales can move there from the first one's."""
@@ -343,8 +369,6 @@ def calibrate(  # noqa: PLR0913  (every choice, all by keyword)
     if drift and (prepare is not None or not sequential):
         raise ValueError("drift is measured in a sequential pass, of weights that nothing has prepared")
     options = options or Options()
-    if drift and reader.config.n_experts:
-        log.info("experts are quantized to their own weights: what earlier layers lost, only other linears make up for")
     tokens = draw(reader, text, options) if isinstance(text, str) else text
     if drift and not held_out(len(tokens)):
         log.info("one row is too few to learn from and to judge by: linears are quantized to their own weights")

@@ -69,7 +69,7 @@ def _closed(
     return mixed.view_as(x).add_(x)
 
 
-MIXTURE = moe.Mixture("block_sparse_moe.", _entering, _route, _activation, _closed)
+MIXTURE = moe.Mixture("block_sparse_moe.", _entering, _route, _activation, _closed, adds=True)
 STAGES = (*llama.STAGES[:2], moe.stage(MIXTURE))
 
 

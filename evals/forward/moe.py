@@ -18,7 +18,7 @@ Ref: transformers models/mixtral; arXiv 2401.04088.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from weightsmith.evals.forward.beside import Beside
 from weightsmith.evals.forward.stages import Carried, Stage, Weights, linears
 from weightsmith.evals.forward.stages import Tap as AnyTap
 from weightsmith.evals.forward.weights import Layer
@@ -43,8 +44,8 @@ class EnoughError(Exception):
 class Tap(Protocol):
     """A tap (see `stages`) that can say beforehand what it has no use for."""
 
-    def __call__(self, names: tuple[str, ...], into: Tensor) -> None:
-        """See the input of linears; may raise EnoughError."""
+    def __call__(self, names: tuple[str, ...], into: Tensor, beside: Beside | None = None) -> None:
+        """See the input of linears, an expert's beside the original's; may raise EnoughError."""
 
     def wants(self, names: tuple[str, ...], size: int) -> bool:
         """Whether the input [tokens, size] of linears is to be measured."""
@@ -54,13 +55,23 @@ class Mixture(NamedTuple):
     """What families differ in. prefix: of router and experts. entering(weights, x, config): what enters them, [tokens,
     hidden]. route(run, into, tables, config): shares and numbers of the chosen ones. activation(tables): may work in
     place. closed(weights, run, (x, into, mixed), tables, config): the stage's result, a new tensor like x, of what the
-    experts made; may use the memory of `mixed`."""
+    experts made; may use the memory of `mixed`. adds: what the experts make is added to x as it is, in shares that sum
+    to 1."""
 
     prefix: str
     entering: Callable[[Weights, Tensor, ModelConfig], Tensor]
     route: Callable[[Linears, Tensor, Any, ModelConfig], tuple[Tensor, Tensor]]
     activation: Callable[[Any], Activation]
     closed: Callable[[Weights, Linears, tuple[Tensor, Tensor, Tensor], Any, ModelConfig], Tensor]
+    adds: bool = False
+
+
+class Original(NamedTuple):
+    """The original's weights of a layer, and of every step its states behind attention, [B, T, hidden], of which so
+    many tokens, the first, are counted and the others held out."""
+
+    layer: Layer
+    steps: Sequence[tuple[Tensor, int]]
 
 
 def is_mixture(kind: ModuleType) -> bool:
@@ -118,6 +129,7 @@ class _Step:
     shares: Tensor
     chosen: Tensor
     mixed: Tensor
+    theirs: tuple[Tensor, int] | None
 
 
 def evaluate(
@@ -129,20 +141,23 @@ def evaluate(
     tap: Tap | None = None,
     *,
     keep: bool = True,
+    original: Original | None = None,
 ) -> None:
     """Replace each of `steps` [B, T, hidden], states behind attention, by what is behind the experts.
 
     keep: False if only the tap counts: what it does not want is not computed, and `steps` are of no use afterwards.
+    original: what feeds its experts, of the tokens that ours are sent, is shown to the tap as well, if not `keep`.
     """
-    block = _Block(mixture, layer, tables, config, tap, keep)
+    block = _Block(mixture, layer, tables, config, tap, keep, original and original.layer)
     under_way = []
-    for x in steps:
+    for x, theirs in zip(steps, original.steps if original else [None] * len(steps), strict=True):
         with suppress(EnoughError):
             into = mixture.entering(layer, x, config)
             shares, chosen = mixture.route(partial(linears, layer, tap), into, tables, config)
-            under_way.append(_Step(x, shares, chosen, torch.zeros_like(into)))
+            under_way.append(_Step(x, shares, chosen, torch.zeros_like(into), theirs))
     for expert in sorted({expert for step in under_way for expert in torch.unique(step.chosen).tolist()}):
-        with layer.held(f"{mixture.prefix}experts.{expert}."):
+        name = f"{mixture.prefix}experts.{expert}."
+        with layer.held(name), original.layer.held(name) if original else nullcontext():
             for step in under_way:
                 block.expert(step, expert)
     for step in under_way:
@@ -160,6 +175,7 @@ class _Block:
     config: ModelConfig
     tap: Tap | None
     keep: bool
+    unchanged: Layer | None
 
     def expert(self, step: _Step, expert: int) -> None:
         """Add what one expert makes of its tokens of a step."""
@@ -168,7 +184,7 @@ class _Block:
             return
         name = f"{self.mixture.prefix}experts.{expert}."
         if self.keep or self.tap is None:
-            inner = self._inner(name, self._into(step)[tokens], self.tap)
+            inner = self._inner(self.layer, name, self._into(step.x)[tokens], self.tap)
             (out,) = linears(self.layer, self.tap, (f"{name}w2",), inner)
             _add(step.mixed, out, step.shares, tokens, place)
         else:
@@ -178,20 +194,35 @@ class _Block:
         """Show the tap what it wants of an expert, and compute no more than that."""
         first, second = (f"{name}w1", f"{name}w3"), (f"{name}w2",)
         if tap.wants(first, step.x.shape[-1]):
-            tap(first, self._into(step)[tokens])
+            tap(first, self._into(step.x)[tokens], self._beside(step, tokens))
         if tap.wants(second, self.config.intermediate_size):
-            tap(second, self._inner(name, self._into(step)[tokens], None))
+            inner = self._inner(self.layer, name, self._into(step.x)[tokens], None)
+            tap(second, inner, self._beside(step, tokens, name))
 
-    def _inner(self, name: str, into: Tensor, tap: Tap | None) -> Tensor:
-        gate, up = linears(self.layer, tap, (f"{name}w1", f"{name}w3"), into)
+    def _beside(self, step: _Step, tokens: Tensor, name: str = "") -> Beside | None:
+        """What feeds w1 and w3 in the original; its w2, if the expert is named."""
+        if self.unchanged is None or step.theirs is None:
+            return None
+        x, counted = step.theirs
+        counted, into = int((tokens < counted).sum()), self._into(x)[tokens]
+        if not name:
+            return Beside(into, counted)
+        inner = self._inner(self.unchanged, name, into, None)
+        if not self.mixture.adds:
+            return Beside(inner, counted)
+        off = (x - step.x).flatten(0, 1)[tokens]
+        return Beside(inner, counted, off, self.unchanged[f"{name}w2.weight"])
+
+    def _inner(self, layer: Layer, name: str, into: Tensor, tap: Tap | None) -> Tensor:
+        gate, up = linears(layer, tap, (f"{name}w1", f"{name}w3"), into)
         opened: Tensor = self.mixture.activation(self.tables)(gate)
         return opened.mul_(up)
 
-    def _into(self, step: _Step) -> Tensor:
-        return self.mixture.entering(self.layer, step.x, self.config)
+    def _into(self, x: Tensor) -> Tensor:
+        return self.mixture.entering(self.layer, x, self.config)
 
     def close(self, step: _Step) -> None:
         """What follows the experts."""
         run = partial(linears, self.layer, self.tap)
-        made = (step.x, self._into(step), step.mixed)
+        made = (step.x, self._into(step.x), step.mixed)
         step.x.copy_(self.mixture.closed(self.layer, run, made, self.tables, self.config))

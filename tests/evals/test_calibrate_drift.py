@@ -164,20 +164,77 @@ def test_spilled_states_change_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_are_left_out() -> None:
-    """Attention is compared with the original's, behind the original's own experts."""
-    reader = tiny(MIXTRAL, tokenizer=letters.vocab())
+def mixture(**fields: Any) -> tuple[MemoryReader, dict[str, np.ndarray]]:
+    """A mixture, and weights that its linears and experts are to be replaced by."""
+    reader = tiny(replace(MIXTRAL, **fields), tokenizer=letters.vocab())
     changed = changed_like(reader)
     for name in changed:
         if ".experts." in name:
             changed[name] = reader.tensors[name] * np.float32(1.2)
+    return reader, changed
+
+
+def test_attention_is_compared_behind_the_original_s_own_experts() -> None:
+    reader, changed = mixture()
     rows = draw(reader, TEXT, ALL)
     before, after = inputs_by_hooks(reader, rows), inputs_by_hooks(MemoryReader(reader.config, changed), rows)
     found = drifts(reader, changed)
-    assert set(found) == {name for name in reader.tensors if "_proj" in name}
+    assert set(found) == {name for name in reader.tensors if "_proj" in name or ".experts." in name}
     name = "model.layers.1.self_attn.q_proj.weight"
     x, ours = before[name], after[name]
     torch.testing.assert_close(found[name][0].double(), (x - ours).T @ ours, rtol=2e-3, atol=5e-2)
+
+
+def behind_attention(reader: MemoryReader, tensors: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream that the experts of layer 1 add to, and what they are fed, [tokens, hidden]."""
+    net = oracle(reader.config, tensors)
+    seen: list[torch.Tensor] = []
+    norm = net.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0].flatten(0, 1), out.flatten(0, 1))))
+    with torch.no_grad():
+        net(torch.from_numpy(draw(reader, TEXT, ALL)))
+    return seen[0].double(), seen[1].double()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_expert_is_compared_on_the_tokens_that_ours_are_sent(at_once: bool) -> None:
+    """Whatever experts the original sends them to; its w2 makes up for all that the stream has lost."""
+    reader, changed = mixture()
+    prefix = "model.layers.1.block_sparse_moe."
+    (stream, x), (our_stream, ours) = (behind_attention(reader, own) for own in (reader.tensors, changed))
+    router = torch.from_numpy(reader.tensors[f"{prefix}gate.weight"]).double()
+    chosen, theirs = ((into @ router.T).topk(2).indices for into in (ours, x))
+    assert (chosen.sort().values != theirs.sort().values).any()  # or the test would show nothing
+    found = drifts(reader, changed, options=ALL if at_once else replace(ALL, memory=1))
+
+    def inner(into: torch.Tensor, tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
+        gate, up = (into @ torch.from_numpy(tensors[f"{name}.{w}.weight"]).double().T for w in ("w1", "w3"))
+        return torch.nn.functional.silu(gate) * up
+
+    for expert in range(4):
+        name, mine = f"{prefix}experts.{expert}", (chosen == expert).any(1)
+        for part in ("w1", "w3"):
+            sums, tokens = found[f"{name}.{part}.weight"]
+            assert tokens == mine.sum()
+            torch.testing.assert_close(sums.double(), (x - ours)[mine].T @ ours[mine], rtol=2e-3, atol=5e-2)
+        before, after = inner(x[mine], reader.tensors, name), inner(ours[mine], changed, name)
+        matrix = torch.from_numpy(reader.tensors[f"{name}.w2.weight"]).double()
+        lost = (before - after) @ matrix.T + (stream - our_stream)[mine]
+        sums, tokens = found[f"{name}.w2.weight"]
+        assert tokens == mine.sum()
+        torch.testing.assert_close(sums.double(), lost.T @ after, rtol=2e-3, atol=5e-2)
+
+
+def test_an_expert_that_saw_too_few_tokens_keeps_its_own_weights() -> None:
+    reader, changed = mixture(hidden_size=64, intermediate_size=4096)  # a w2 wants 1024 tokens, and none has so many
+    seen = set()
+    for block in blocks(reader, changed):
+        for name in block.moments:
+            if ".experts." in name:
+                seen.add(name)
+                assert (name in block.drifts) == (not name.endswith("w2.weight"))
+                assert len(next(wanted(block, [name]))) == (2 if name in block.drifts else 1)
+    assert len(seen) == 2 * 4 * 3
 
 
 def test_what_does_not_go_together() -> None:

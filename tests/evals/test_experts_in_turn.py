@@ -19,6 +19,7 @@ from tests.tiny import CORPUS
 from weightsmith import formats
 from weightsmith.evals import forward
 from weightsmith.evals.calibration import Options, imatrix
+from weightsmith.evals.calibration.best import Best
 from weightsmith.evals.calibration.encoded import EncodedOptions, encode_layers
 from weightsmith.evals.calibration.packed import PackedOptions, quantize_packed
 from weightsmith.evals.forward import decoder as decoders
@@ -88,6 +89,10 @@ def in_gptq(reader: Reader, out: Path) -> None:
     quantize_packed(reader, out, TEXT, PackedOptions(grid=Grid(4, 32), calibration=OPTIONS))
 
 
+def in_gptq_at_best(reader: Reader, out: Path) -> None:
+    quantize_packed(reader, out, TEXT, PackedOptions(grid=Grid(4, 32), calibration=OPTIONS, best=Best()))
+
+
 def in_blocks(reader: Reader, out: Path) -> None:
     layouts = {name: "Q4_0" if is_matrix(name, info.shape) else "F16" for name, info in reader.infos().items()}
     encode_layers(reader, out, TEXT, EncodedOptions(layouts, OPTIONS)).close()
@@ -103,7 +108,9 @@ def in_measuring(reader: Reader, out: Path) -> None:
     imatrix(reader, TEXT, OPTIONS)
 
 
-@pytest.mark.parametrize(("verb", "most"), [(in_comparison, 3), (in_measuring, 3), (in_gptq, 4), (in_blocks, 2)])
+@pytest.mark.parametrize(
+    ("verb", "most"), [(in_comparison, 3), (in_measuring, 3), (in_gptq, 4), (in_gptq_at_best, 4), (in_blocks, 2)]
+)
 def test_few_matrices_of_experts_are_in_memory(
     verb: Callable[[Reader, Path], None], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
