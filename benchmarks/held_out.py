@@ -5,8 +5,9 @@
 Every linear is rounded twice, as `--effort best` does: its own weights (the start) and those that make up for what was
 lost before it. Of each layer: the squared error of its output, and of attention's, against the original model's on the
 rows held out, relative to the start's, for the rounded others and for what was kept; and of its linears, how many kept
-their own. "kept" can be at most 1. MODEL is a folder, or random:SEED, a random Llama of 9 layers and 0.15 billion
-weights. GGUF codecs need rows that their blocks divide.
+their own. "kept" can be at most 1. The output of a mixture's layer is that of all its experts, summed. MODEL is a
+folder, or random:SEED, a random Llama of 9 layers and 0.15 billion weights. GGUF codecs need rows that their blocks
+divide.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks import random_llama
 from weightsmith import formats
@@ -24,7 +27,7 @@ from weightsmith.evals.calibration.stream import Block, calibrate
 from weightsmith.quant.algorithms.drift import error_of
 from weightsmith.quant.algorithms.rtn import Grid
 
-CLOSING = ("o_proj", "down_proj")  # what they put out goes into the residual stream
+CLOSING = (("o_proj",), ("down_proj", "w2"))  # what they put out goes into the residual stream
 
 
 def main() -> None:
@@ -48,18 +51,18 @@ def show(model: str, folder: Path, options: argparse.Namespace) -> None:
     reader, text = formats.open_reader(folder), options.calibrate.read_text()
     calibration = Options(rows=options.rows)
     method, _, kind = options.to.partition(":")
-    seen: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
+    seen: dict[int, dict[str, list[float]]] = defaultdict(dict)
     plain = stream.nearest
 
     def watched(block: Block, name: str, w: object, rounded: object) -> int:
         chosen = plain(block, name, w, rounded)
         errors = [error_of(w, q, block.drifts[name]) for q in rounded] if name in block.drifts else []
         if len(errors) > 1:
-            seen[block.index][name.split(".")[-2]] = (errors[1] / errors[0], errors[chosen] / errors[0])
+            seen[block.index][name.removesuffix(".weight")] = [*errors, errors[chosen]]
         return chosen
 
     packed.nearest = encoded.nearest = watched
-    layouts = {name: kind for name in reader.infos() if "_proj" in name}
+    layouts = {name: kind for name in reader.infos() if "_proj" in name or ".experts." in name}
     print(f"\n{model}, {options.to}, {options.rows} rows, {stream.held_out(options.rows)} of them held out\n")
     print("| layer | attention, rounded others | kept | output, rounded others | kept | own weights kept |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -67,7 +70,7 @@ def show(model: str, folder: Path, options: argparse.Namespace) -> None:
     losses: dict[str, float] = {}
     if method == "gptq":
         made = packed.PackedOptions(Grid(int(kind), 64), calibration=calibration, best=Best())
-        layout = packed._layout(made, routers=False)
+        layout = packed._layout(made, routers=reader.config.n_experts > 0)
     for block in calibrate(reader, text, calibration, drift=True):
         if block.index > done + 1:
             done += 1
@@ -80,10 +83,14 @@ def show(model: str, folder: Path, options: argparse.Namespace) -> None:
     packed.nearest = encoded.nearest = plain
 
 
-def row(layer: int, found: dict[str, tuple[float, float]]) -> None:
+def row(layer: int, found: dict[str, list[float]]) -> None:
     """One line of the table."""
-    cells = [f"{value:.3f}" for name in CLOSING for value in found.get(name, (1.0, 1.0))]
-    own = sum(other != kept for other, kept in found.values())
+    cells = []
+    for closing in CLOSING:
+        errors = [one for name, one in found.items() if name.endswith(closing)]
+        start, others, kept = np.sum(errors, axis=0) if errors else (1.0, 1.0, 1.0)
+        cells += [f"{others / start:.3f}", f"{kept / start:.3f}"]
+    own = sum(others != kept for _, others, kept in found.values())
     print(f"| {layer} | {' | '.join(cells)} | {own} of {len(found)} |", flush=True)
 
 

@@ -5,13 +5,13 @@ distribution of the next token to the quantized model's, over tokens of the cali
 halves that groups or blocks are scaled by (`quant.algorithms.scales`): one number for tens or hundreds of weights, so
 a few rows teach them something that holds elsewhere. Codes stay.
 
-Rows go through in steps of some 2,000 tokens. Forward, what enters every layer is kept (in a file beyond the memory
+Rows go through in steps of some 1,000 tokens. Forward, what enters every layer is kept (in a file beyond the memory
 budget); backward, a layer is evaluated again and differentiated alone, so of weights, activations and gradients those
 of one layer are in memory at a time, however many there are. What grows with the model are a scale's position and its
 two averages, 12 bytes for each, and the output matrix. A step moves logarithms of scales by Adam with a rate that rises
 and then falls to zero.
 
-Half of the rows are enough: all of them made nothing better (docs/LOG.md). Some others are held out. Only if the
+A quarter of the rows is enough: what counts are steps, not tokens (docs/LOG.md). Some others are held out. Only if the
 divergence on them has become smaller in the end are the new scales used.
 
 Ref: Adam arXiv 1412.6980; end-to-end training of step sizes as in EfficientQAT, arXiv 2407.11062 section 3.3.
@@ -45,7 +45,7 @@ from weightsmith.types import Reader
 
 log = logging.getLogger(__name__)
 
-TOKENS = 2048  # of a step
+TOKENS = 1024  # of a step
 RATE = 1e-3  # the greatest change of a logarithm in one step
 RISES = 0.1  # share of the steps in which the rate rises
 DECAYS = (0.9, 0.95)
@@ -71,7 +71,7 @@ class Settings:
     """rate: see RATE. epochs: how often the rows are gone through, or what share of them is. seed: of their order."""
 
     rate: float = RATE
-    epochs: float = 0.5
+    epochs: float = 0.25
     seed: int = 0
 
 
