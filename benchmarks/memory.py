@@ -111,9 +111,8 @@ def _experts(work: Path, text: Path, rows: int) -> None:
     print("| verb | 2 experts RSS MB | 16 experts | grown MB | 2 experts s of all cores | 16 experts |")
     print("|---|---|---|---|---|---|")
     for verb in MEASURED:
-        extra = (
-            ("--max-memory", "64MB") if verb in ("gptq", "best") else ()
-        )  # else all experts' moments are kept as well
+        # With more room the moments of all experts are kept as well.
+        extra = ("--max-memory", "64MB") if verb in ("gptq", "best") else ()
         few, many = (_run(verb, models[count], text, rows, work, *extra) for count in counts)
         grown = (many.peak_rss - few.peak_rss) / 1e6
         cells = [f"{few.peak_rss / 1e6:.0f}", f"{many.peak_rss / 1e6:.0f}", f"{grown:.0f}"]

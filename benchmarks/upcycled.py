@@ -42,15 +42,15 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for name in reader.infos():
-        own, place = tensor(reader, name, Place(torch.device("cpu"), torch.float32)), name.rpartition(".mlp.")
-        if not place[1]:
+        own = tensor(reader, name, Place(torch.device("cpu"), torch.float32))
+        layer, mlp, part = name.removesuffix(".weight").rpartition(".mlp.")
+        if not mlp:
             tensors[name] = own
             continue
         size = options.noise * own.square().mean().sqrt()
         for expert in range(options.experts):
-            part = PARTS[place[2].removesuffix(".weight")]
             moved = own + size * torch.randn(own.shape, generator=draw)
-            tensors[f"{place[0]}.block_sparse_moe.experts.{expert}.{part}.weight"] = moved
+            tensors[f"{layer}.block_sparse_moe.experts.{expert}.{PARTS[part]}.weight"] = moved
     text = options.text.read_text(encoding="utf-8")
     for block in calibrate(reader, text, Options(rows=ROWS, ctx=CTX), sequential=False):
         moments = block.moments[f"{block.prefix}mlp.gate_proj.weight"]

@@ -18,7 +18,7 @@ from weightsmith.quant.calibration import Moments
 class Collector:
     """The tap of a layer. done: linears measured before. one_group: stop behind the first group that is not; the
     experts' linears of one kind are one group, as many of them as have `room` (bytes of H) beside each other. passed:
-    those that were seen but not measured. beside: where inputs are compared with the original's."""
+    those that were seen but not measured."""
 
     device: torch.device
     full: bool
@@ -28,16 +28,15 @@ class Collector:
     passed: set[str] = field(default_factory=set)
     found: dict[str, Moments] = field(default_factory=dict)
     drifts: dict[str, Drift] = field(default_factory=dict)
-    beside: Beside | None = None
 
     def __call__(self, names: tuple[str, ...], into: Tensor, beside: Beside | None = None) -> None:
-        """Count the input of the linears `names`; raises EnoughError where the evaluation need not go on."""
+        """Count the input of the linears `names`, and how far it is from the original's, if that lies beside it; raises
+        EnoughError where the evaluation need not go on."""
         if not self.wants(names, into.shape[-1]):
             return
         if names[0] not in self.found:
             self.found |= dict.fromkeys(names, Moments(into.shape[-1], full=self.full, device=self.device))
         self.found[names[0]].add(into)
-        beside = beside or self.beside
         if beside is not None:
             self._compare(names, into, beside)
         if self.one_group and routed.stage_of(names[0]) is None:

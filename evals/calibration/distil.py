@@ -253,7 +253,7 @@ def seconds_of_row(reader: Reader, options: Options, settings: Settings | None) 
             times.append(time.perf_counter())
             _back(student, made, 0, x, torch.ones_like(x), 0.0)
             times.append(time.perf_counter())
-            # Not what lies behind one layer: its probabilities are subnormal numbers, which take forty times as long.
+            # Not what lies behind one layer: its probabilities are subnormal numbers, which take far longer.
             even = torch.zeros_like(out).flatten(0, 1)
             student.divergence(even, even)
             times.append(time.perf_counter())

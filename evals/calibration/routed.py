@@ -44,9 +44,9 @@ def unseen(layer: Iterable[str], found: Collection[str], known: Collection[str])
     return [name for name in names if stage_of(name) in begun and name not in known and name not in found]
 
 
-def suffices(name: str, moments: Moments) -> bool:
-    """Whether moments, not filled up yet, need no filling up: an expert's linear's of enough tokens, or another's."""
-    return stage_of(name) is None or moments.tokens >= moments.size // _ENOUGH
+def lacking(name: str, moments: Moments) -> int:
+    """How many tokens an expert's linear wants besides those that its moments, not filled up yet, counted; else 0."""
+    return 0 if stage_of(name) is None else max(0, moments.size // _ENOUGH - moments.tokens)
 
 
 def fill_up(found: dict[str, Moments], missing: Iterable[str], sizes: Mapping[str, int], place: str) -> None:
@@ -64,10 +64,9 @@ def fill_up(found: dict[str, Moments], missing: Iterable[str], sizes: Mapping[st
     pool = _sum(seen)
     short = {}
     for name, moments in experts.values():
-        lacking = moments.size // _ENOUGH - moments.tokens
-        if lacking > 0:
+        if wanted := lacking(name, moments):
             short[name] = moments.tokens
-            moments.fill(None if name.endswith(".w2") else pool, lacking)
+            moments.fill(None if name.endswith(".w2") else pool, wanted)
     if short:
         listed = ", ".join(f"{name} {tokens}" for name, tokens in sorted(short.items()))
         log.warning("%s: too few calibration tokens reached some experts, which were filled up: %s", place, listed)

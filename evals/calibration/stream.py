@@ -26,6 +26,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +140,19 @@ class Run:
         multiplied = products.multiplied(unchanged, place.device)
         if not stage.linears:
             quantized = products.multiplied(layer, place.device)
-            self._by_expert(quantized, (), self.carry, tap=tap, keep=False, unchanged=multiplied)
+            self._by_expert(quantized, (), self.carry, tap=tap, keep=False, against=(multiplied, original))
             return
-        learnt = original.rows - held_out(original.rows)
         matrix = multiplied[f"{stage.linears[0]}.weight"] if stage.adds else None
         for start in range(0, original.rows, self.step):
             theirs, ours = (carry.take(start, start + self.step, place) for carry in (original, self.carry))
             fed: dict[tuple[str, ...], Tensor] = {}
             done = stage.run(multiplied, theirs, self.tables, config, fed.__setitem__)
             off = theirs[0] - ours[0] if stage.adds else None
-            tap.beside = Beside(fed.popitem()[1], max(0, learnt - start), off, matrix)
+            beside = Beside(fed.popitem()[1], learnt(original.rows, start), off, matrix)
             with suppress(EnoughError):
-                stage.run(layer, ours, self.tables, config, tap)
+                stage.run(layer, ours, self.tables, config, partial(tap, beside=beside))
             original.put(start, done, moved=done[0] is not theirs[0])
-            del theirs, ours, off, done
-        tap.beside = None
+            del theirs, ours, off, done, beside
         original.turn()
 
     def _by_expert(
@@ -164,29 +163,29 @@ class Run:
         *,
         tap: Collector | None,
         keep: bool,
-        unchanged: Layer | None = None,
+        against: tuple[Layer, Carry] | None = None,
     ) -> None:
         """The same with experts that are loaded one by one: as many steps of rows at once as half the budget holds.
 
-        unchanged: the original's weights, if the tap is to compare.
+        against: the original's weights and rows, if the tap is to compare.
         """
         place, config = self.decoder.place, self.decoder.config
         row = 4 * carry.length * config.hidden_size
-        kept = 2 if unchanged is None else 3  # states, sums of the experts, the original's states
+        kept = 2 if against is None else 3  # states, sums of the experts, the original's states
         at_once = max(1, self.decoder.memory // 2 // kept // row // self.step) * self.step
-        learnt = carry.rows - held_out(carry.rows)
         for first in range(0, carry.rows, at_once):
             steps, theirs = [], []
             for start in range(first, min(first + at_once, carry.rows), self.step):
-                carried = carry.take(start, min(start + self.step, first + at_once), place)
+                stop = min(start + self.step, first + at_once)
+                carried = carry.take(start, stop, place)
                 for stage in before:
                     carried = stage.run(layer, carried, self.tables, config, tap)
                 steps.append(carried[0] if before else carried[0].clone())
-                if unchanged is not None and self.original is not None:
-                    (x,) = self.original.take(start, min(start + self.step, first + at_once), place)
-                    theirs.append((x, max(0, learnt - start) * carry.length))
+                if against is not None:
+                    (x,) = against[1].take(start, stop, place)
+                    theirs.append((x, learnt(carry.rows, start) * carry.length))
                 del carried
-            original = None if unchanged is None else moe.Original(unchanged, theirs)
+            original = None if against is None else moe.Original(against[0], theirs)
             mixture = self.decoder.kind.MIXTURE
             moe.evaluate(mixture, layer, steps, self.tables, config, tap, keep=keep, original=original)
             for number, x in enumerate(steps if keep else ()):
@@ -249,7 +248,7 @@ class Run:
     def _block(self, index: int, layer: Layer, tap: Collector, *, full: bool) -> Block:
         """What a tap found, with experts that saw too little filled up."""
         prefix = self.decoder.kind.LAYER.format(index)
-        drifts = {name: found for name, found in tap.drifts.items() if routed.suffices(name, tap.found[name])}
+        drifts = {name: found for name, found in tap.drifts.items() if not routed.lacking(name, tap.found[name])}
         if full:
             missing = routed.unseen(layer, tap.found, tap.done | tap.passed)
             sizes = {name: layer.shape(f"{name}.weight")[-1] for name in missing}
@@ -306,6 +305,11 @@ def begun(reader: Reader, tokens: NDArray[np.int64], options: Options, *, drift:
 def held_out(rows: int) -> int:
     """How many of so many rows, the last ones, are not learnt from where inputs are compared with the original's."""
     return max(1, min(rows // HELD_OUT, MOST_HELD_OUT)) if rows > 1 else 0
+
+
+def learnt(rows: int, start: int) -> int:
+    """How many of so many rows, from `start` on, are not held out."""
+    return max(0, rows - held_out(rows) - start)
 
 
 def wanted(block: Block, names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from tests.evals.test_calibrate_packed import (
     quantize,
     stop_after,
 )
+from tests.evals.test_experts_in_turn import layouts
 from tests.formats.grok import grok2
 from tests.moe import write_mixtral
 from weightsmith import formats
@@ -31,7 +32,6 @@ from weightsmith.evals.compare import compare
 from weightsmith.evals.ruler import Ruler
 from weightsmith.formats.archs import expert_of
 from weightsmith.quant.algorithms.rtn import Grid
-from weightsmith.quant.recipes import is_matrix
 
 THREE = replace(DRIFT, grid=Grid(3, 32))
 
@@ -87,8 +87,7 @@ def in_gptq(source: Path, out: Path) -> dict[str, str]:
 def in_blocks(source: Path, out: Path) -> dict[str, bytes]:
     with closing(formats.open_reader(source)) as reader:
         infos = reader.infos()
-        layouts = {name: "Q4_0" if is_matrix(name, info.shape) else "F16" for name, info in infos.items()}
-        options = EncodedOptions(layouts, OPTIONS.calibration, sweeps=1, best=Best())
+        options = EncodedOptions(layouts(reader), OPTIONS.calibration, sweeps=1, best=Best())
         made = encode_layers(reader, out, TEXT, options)
         rows = {name: made.rows(name, 0, infos[name].n_rows) for name in infos}
         made.close()

@@ -244,7 +244,7 @@ def test_scales_move_to_their_least_squares(
         slack = last_place * 0.51 + off / bent.clamp(min=1e-30)
         assert ((moved == 0) | ((moved - best).abs() <= slack)).all()
         gain = 2 * moved * linear - moved.square() * bent
-        assert (gain >= -(2 * moved.abs() * off + 1e-5 * moved.square() * bent)).all()
+        assert (gain >= -(moved.abs() * off + 1e-5 * moved.square() * bent)).all()
         better = 2 * best * linear - best.square() * bent  # who stays could not have won more than a half's rounding
         assert (
             (moved != 0) | (better <= (slack.square() * bent) * 1.01) | ((before[group] + best).abs() > 65504)
